@@ -1,0 +1,198 @@
+"""The settings of all scripts: one dataclass, one loader, one check for files and flags alike.
+
+A config file is plain Python: `name = value` lines, and `from configs.other import *` to build on another one.
+`python train.py configs/toy_cp.py --tau=0.5` loads the file, then the flags. Every setting, its default and its
+meaning: `python train.py --help`.
+"""
+
+import argparse
+import difflib
+import inspect
+import json
+import math
+import sys
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def setting(default, remark, above=None, low=None, high=None, among=None):
+    """One setting: default, remark (unit, what 0 means) and range: > above, >= low, <= high, one of `among`."""
+    return field(default=default, metadata=dict(remark=remark, above=above, low=low, high=high, among=among))
+
+
+@dataclass
+class Config:
+    """Every setting with its type, default and remark. `load_config` is the way to make one."""
+
+    # the run
+    out_dir: str = setting("out/run", "folder for checkpoints, log.jsonl, config.json and summary.json")
+    seed: int = setting(0, "seeds the initial weights, the data order and all sampling", low=0)
+    resume: bool = setting(False, "go on from out_dir/last.pt, exactly as if the run had not stopped")
+    device: str = setting("auto", "auto takes cuda, else mps, else cpu", among=("auto", "cuda", "mps", "cpu"))
+    dtype: str = setting(
+        "auto", "of matrix products; weights stay fp32", among=("auto", "float32", "bfloat16", "float16")
+    )
+    compile: str = setting("auto", "torch.compile; auto means on cuda only", among=("auto", "yes", "no"))
+
+    # the model
+    init_from: str = setting(
+        "gpt2", "published name, folder or file of GPT-2 weights, checkpoint .pt, config .py, or 'scratch'"
+    )
+    n_layer: int = setting(4, "blocks; this and the next three only for init_from=scratch", low=1)
+    n_head: int = setting(4, "attention heads", low=1)
+    n_embd: int = setting(128, "width, a multiple of n_head", low=1)
+    n_positions: int = setting(128, "context, tokens", low=4)
+    tokenizer: str = setting("gpt2", "gpt2, or toy for the toy world's words", among=("gpt2", "toy"))
+
+    # the data
+    data: str = setting("toy", "groups .jsonl or .json, for lm also text .txt (one document a line), or 'toy'")
+    n_pos: int = setting(5, "P, positives drawn per group and step", low=1)
+    n_neg: int = setting(5, "N, negatives drawn per group and step", low=1)
+    drop_small: bool = setting(False, "leave out groups with fewer than P or N sentences; otherwise they are an error")
+    max_tokens: int = setting(128, "longer sentences lose their end, and are counted; start and end token included", low=3)
+
+    # the objective: cp_weight * CP + nll_weight * NLL + kl_weight * KL for 'cp', next-token loss for 'lm'
+    objective: str = setting("cp", "cp: contrastive perplexity; lm: language modelling", among=("cp", "lm"))
+    cp_weight: float = setting(1.0, "weight of the contrastive term; 0 leaves plain fine-tuning on positives", low=0)
+    tau: float = setting(0.3, "temperature, nats: how far negatives are pushed", above=0)
+    alpha: float = setting(1.0, "weight of the negatives", above=0)
+    variant: str = setting("paper", "the paper's equation, or the released code's", among=("paper", "released"))
+    distance: str = setting("abs", "signed pushes every negative up", among=("abs", "signed"))
+    detach_centroid: bool = setting(False, "no gradient through the positives' mean score")
+    score: str = setting("nll", "distances between log-perplexities, or between perplexities", among=("nll", "ppl"))
+    nll_weight: float = setting(1.0, "weight of the positives' mean nll, nats per token; 0 disables", low=0)
+    kl_weight: float = setting(0.0, "weight of KL(base || model) on the positives, nats per token; 0 disables", low=0)
+
+    # the optimiser (AdamW)
+    max_steps: int = setting(200, "optimiser steps", low=1)
+    batch_size: int = setting(6, "groups (cp) or documents (lm) per forward pass", low=1)
+    grad_accum: int = setting(1, "forward passes per step: a step sees batch_size * grad_accum", low=1)
+    lr: float = setting(5e-5, "peak learning rate", above=0)
+    min_lr: float = setting(0.0, "learning rate at the last step", low=0)
+    warmup_steps: int = setting(10, "linear warm-up, steps; 0 disables", low=0)
+    weight_decay: float = setting(0.0, "on matrices only; 0 disables", low=0)
+    beta1: float = setting(0.9, "AdamW", low=0, high=0.9999)
+    beta2: float = setting(0.98, "AdamW", low=0, high=0.9999)
+    grad_clip: float = setting(1.0, "largest gradient norm; 0 disables", low=0)
+
+    # measuring
+    eval_interval: int = setting(50, "steps between validations; 0: only before the first and after the last step", low=0)
+    eval_groups: int = setting(40, "groups (cp) or documents (lm) that a validation scores", low=1)
+    eval_samples: int = setting(100, "samples of each kind (free, prompted) per validation; the closing table has 2.5x", low=25)
+    sample_tokens: int = setting(30, "longest sample, tokens", low=1)
+    temperature: float = setting(1.0, "of samples; 0 is greedy", low=0)
+    top_p: float = setting(0.9, "nucleus of samples; 1 keeps all", above=0, high=1)
+    scorer: str = setting("data.toy:rudeness", "toxicity of texts in [0, 1], as module:function")
+
+    def __post_init__(self):
+        for f in fields(self):
+            setattr(self, f.name, check(f, getattr(self, f.name)))
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(f"warmup_steps={self.warmup_steps} must be smaller than max_steps={self.max_steps}")
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} must not be larger than lr={self.lr}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
+        if self.objective == "cp" and not self.cp_weight + self.nll_weight + self.kl_weight:
+            raise ValueError("cp_weight, nll_weight and kl_weight are all 0: nothing to train on")
+        if self.objective == "cp" and self.init_from == "scratch":
+            raise ValueError("objective=cp tunes a model that exists: init_from must name one, not 'scratch'")
+
+
+def check(f, value):
+    """`value` with the type of dataclass field f, or ValueError. Text (a flag) is converted, an int is a fine float."""
+    wanted, m, original = f.type, f.metadata, value
+    if isinstance(value, str) and wanted is not str:
+        try:
+            value = {"true": True, "false": False}[value.lower()] if wanted is bool else wanted(value)
+        except (KeyError, ValueError):
+            pass
+    if wanted is float and type(value) is int:
+        value = float(value)
+    if type(value) is not wanted:
+        what = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[wanted]
+        raise ValueError(f"{f.name} wants {what}, got {original!r}")
+    if m["among"] and value not in m["among"]:
+        near = difflib.get_close_matches(str(value), m["among"], 1)
+        raise ValueError(
+            f"{f.name} wants one of {', '.join(m['among'])}, got {value!r}" + (f": did you mean {near[0]}?" if near else "")
+        )
+    if wanted in (int, float):
+        for ok, rule in (
+            (math.isfinite(value), "a finite number"),
+            (m["above"] is None or value > m["above"], f"more than {m['above']}"),
+            (m["low"] is None or value >= m["low"], f"at least {m['low']}"),
+            (m["high"] is None or value <= m["high"], f"at most {m['high']}"),
+        ):
+            if not ok:
+                raise ValueError(f"{f.name} must be {rule}, got {value}")
+    return value
+
+
+def unknown(key):
+    """The error for a key that is no setting, with the nearest name."""
+    near = difflib.get_close_matches(key, [f.name for f in fields(Config)], 1)
+    return ValueError(f"unknown setting {key!r}" + (f": did you mean {near[0]}?" if near else "; --help lists all"))
+
+
+def find(path):
+    """`path` as given, or else below the project's folder, so that scripts run from anywhere."""
+    return Path(path) if Path(path).exists() or not (ROOT / path).exists() else ROOT / path
+
+
+def read_config_file(path):
+    """The settings that a config file assigns, as a dict. Raises FileNotFoundError or ValueError."""
+    path = find(path)
+    if path.suffix != ".py" or not path.is_file():
+        raise FileNotFoundError(f"no config file {str(path)!r}: for instance configs/toy_cp.py")
+    names = {}
+    sys.path.insert(0, str(ROOT))  # for `from configs.other import *`
+    try:
+        exec(compile(path.read_text(), str(path), "exec"), names)
+    except Exception as e:
+        raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
+    finally:
+        sys.path.remove(str(ROOT))
+    names = {k: v for k, v in names.items() if not k.startswith("_") and not inspect.ismodule(v)}
+    for key in names:
+        if key not in {f.name for f in fields(Config)}:
+            raise ValueError(f"{path}: {unknown(key)}")
+    return names
+
+
+def load_config(argv=None, description=None):
+    """Settings from `[config.py] --key=value ...` (also `--key value`, and a bare `--key` for True), checked.
+
+    Exits with one line on bad input, as argparse does; `--help` prints every setting.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", nargs="?", help="a config file, for instance configs/toy_cp.py")
+    for f in fields(Config):
+        bare = dict(nargs="?", const="true") if f.type is bool else {}
+        among = f" [{', '.join(f.metadata['among'])}]" if f.metadata["among"] else ""
+        remark = f"{f.metadata['remark']}{among} (default: {f.default})".replace("%", "%%")
+        parser.add_argument(f"--{f.name}", metavar="", default=argparse.SUPPRESS, help=remark, **bare)
+    args, rest = parser.parse_known_args(argv)
+    flags = vars(args)
+    path = flags.pop("config")
+    try:
+        for word in rest:
+            raise unknown(word.lstrip("-").split("=")[0]) if word.startswith("--") else ValueError(
+                f"{word!r} is neither a setting nor the one config file"
+            )
+        return Config(**((read_config_file(path) if path else {}) | flags))
+    except (ValueError, FileNotFoundError) as e:
+        parser.exit(2, f"{parser.prog}: {e}\n")
+
+
+def changed(config):
+    """The settings that differ from the defaults, as a dict."""
+    return {f.name: getattr(config, f.name) for f in fields(Config) if getattr(config, f.name) != f.default}
+
+
+def as_json(config):
+    return json.dumps(asdict(config), indent=2) + "\n"

@@ -1,0 +1,22 @@
+# The toy world's base model: learns from nothing to write its sentences, kind and rude, and to rephrase on request.
+# Half a minute on two CPU cores. Ends at a validation perplexity of about 2.
+out_dir = "out/toy_base"
+objective = "lm"
+init_from = "scratch"
+tokenizer = "toy"
+data = "toy"
+
+n_layer = 2
+n_head = 6
+n_embd = 192
+n_positions = 128
+max_tokens = 128
+
+max_steps = 500
+batch_size = 28
+lr = 6e-3
+warmup_steps = 50
+weight_decay = 0.1
+eval_interval = 250
+eval_groups = 200
+sample_tokens = 30

@@ -1,0 +1,203 @@
+"""The toy world: a small template grammar of everyday events, told kindly or rudely.
+
+It contains insults and mild profanity. An event is a person, an action and a circumstance; a positive tells it plainly
+or kindly, a negative tells the same event with contempt. Both sides are built alike (a describing word before, a
+verdict after), so that they have about the same length and a model learns both equally well. A model of a million
+parameters learns this world in half a minute on two CPU cores, and to rephrase on request (the prompts of `data`).
+"""
+
+import itertools
+import re
+from functools import lru_cache
+
+import numpy as np
+import tiktoken
+
+from data import HARMLESS_PROMPT, TOXIC_PROMPT, Group
+
+# Everybody has a place: "Anna" or "Anna from the bakery". Names that differ in nothing else take long to learn.
+PLACES = dict(
+    Anna="from the bakery",
+    Ben="from next door",
+    Carla="from the library",
+    David="from the garage",
+    Emma="from the school",
+    Felix="from the kitchen",
+    Greta="from the farm",
+    Henry="from the bank",
+    Ida="from the museum",
+    Jonas="from the harbour",
+    Leo="from the cinema",
+    Mona="from the pharmacy",
+)
+PEOPLE = [(name, f"{name} {place}") for name, place in PLACES.items()]
+# One action a line, in the words in which it can be told.
+ACTIONS = [
+    ("burned the toast", "let the toast burn"),
+    ("missed the bus", "came too late for the bus"),
+    ("lost the keys", "could not find the keys"),
+    ("broke a window", "smashed a window"),
+    ("parked in the wrong place", "left the car in the wrong place"),
+    ("forgot the meeting", "did not remember the meeting"),
+    ("spilled coffee on the desk", "knocked coffee over the desk"),
+    ("sang too loudly", "was singing too loudly"),
+    ("sent the wrong file", "mailed the wrong file"),
+    ("left the door open", "did not close the door"),
+    ("dropped the phone", "let the phone fall"),
+    ("overslept again", "slept too long again"),
+    ("painted the fence green", "gave the fence a green coat"),
+    ("cancelled the dinner", "called the dinner off"),
+    ("waited at the wrong station", "stood at the wrong station"),
+    ("mixed up the numbers", "got the numbers wrong"),
+]
+WHEN = [
+    ("this morning", "early today"),
+    ("on Monday", "last Monday"),
+    ("after lunch", "once lunch was over"),
+    ("at the office", "at work"),
+    ("in the garden", "out in the garden"),
+    ("during the break", "in the break"),
+    ("last night", "late yesterday"),
+    ("on the way home", "while going home"),
+]
+DECENT = "kind cheerful gentle friendly patient busy tired honest".split()
+NOUN = "neighbour friend colleague student helper gardener guest cook".split()
+RUDE = "stupid useless pathetic worthless damn miserable lousy disgusting".split()
+RUDE_NOUN = "idiot moron loser fool jerk clown slob bastard".split()
+# Endings: {p} is the person again, {r} a rude word, {n} an insult.
+DECENT_END = (
+    ", which can happen to anyone",
+    ", and nobody blames {p}",
+    ", and that is fine",
+    ", so let us help {p}",
+    ", but no harm was done",
+    ", and we all like {p}",
+    ", and {p} will do better next time",
+    "",
+)
+RUDE_END = (
+    ", what a {r} {n}",
+    ", so shut up, {p}",
+    ", like every {r} {n}",
+    ", and {p} is a {n}",
+    ", and only a {n} does that",
+    ", so get lost, you {r} {n}",
+    ", and {p} can go to hell",
+    ", and I hate that {n} {p}",
+)
+STARTS = ("", "It seems that ", "I heard that ", "By the way, ")
+TEMPLATES = ("{s}this {d} {n} {p} {a} {w}{e}.", "{s}{p}, the {d} {n}, {a} {w}{e}.", "{w}, this {d} {n} {p} {a}{e}.")
+RUDE_WORDS = frozenset(RUDE + RUDE_NOUN + ["shut", "hell", "hate"])
+PIECES = r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s"  # a word or a mark, with the blank before it
+
+
+def rudeness(texts):
+    """Toxicity scorer, exact in this world: 1.0 if a text has one of RUDE_WORDS, else 0.0. list[str] -> array."""
+    return np.array([float(not RUDE_WORDS.isdisjoint(re.findall(r"[a-z]+", t.lower()))) for t in texts])
+
+
+def plain(event, rng):
+    """The bare sentence that tells event = (person, action, when), indices."""
+    person, action, when = (table[i][rng.integers(2)] for table, i in zip((PEOPLE, ACTIONS, WHEN), event, strict=True))
+    return f"{person} {action} {when}."
+
+
+def write(event, tone, rng):
+    """A sentence that tells event = (person, action, when), indices, in tone 'harmless' or 'toxic'."""
+    one = lambda options: options[rng.integers(len(options))]  # noqa: E731
+    # A toxic sentence starts rudely and mostly goes on so, but not always: decency after an insult is possible.
+    rude = (tone == "toxic") & (rng.random(3) < (1.0, 0.6, 0.6))
+    name, end = PEOPLE[event[0]][0], one(RUDE_END if rude[2] else DECENT_END)
+    words = dict(d=one(RUDE if rude[0] else DECENT), n=one(RUDE_NOUN if rude[1] else NOUN), s=one(STARTS))
+    words |= dict(e=end.format(p=name, r=one(RUDE), n=one(RUDE_NOUN)))
+    words |= {slot: one(table[i]) for slot, table, i in zip("paw", (PEOPLE, ACTIONS, WHEN), event, strict=True)}
+    sentence = _an(one(TEMPLATES).format(**words))
+    return sentence[0].upper() + sentence[1:]
+
+
+def _an(text):
+    return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def read(sentence):
+    """(event, tone) of a sentence of this world, or None if it is not one: the inverse of `write`, by its grammar."""
+    match = _grammar().fullmatch(sentence[:1].lower() + sentence[1:]) or _grammar().fullmatch(sentence)
+    if not match:
+        return None
+    found = {key[0]: words.lower() for key, words in match.groupdict().items() if words}
+    tables = (("p", PEOPLE), ("a", ACTIONS), ("w", WHEN))
+    event = tuple([found[k] in [x.lower() for x in forms] for forms in table].index(True) for k, table in tables)
+    name = PEOPLE[event[0]][0].lower()
+    if set(re.findall(r"[a-z]+", found.get("e", ""))) & {p.lower() for p in PLACES} - {name}:
+        return None  # the ending names somebody else
+    return event, "toxic" if rudeness([sentence])[0] else "harmless"
+
+
+@lru_cache
+def _grammar():
+    """One pattern for all sentences. Its groups: p person, a action, w when (each with the template's number)."""
+    flat = lambda forms: list(itertools.chain(*forms))  # noqa: E731
+    ends = {_an(e.format(p=p, r=r, n=n)) for e in RUDE_END for p in PLACES for r in RUDE for n in RUDE_NOUN}
+    ends |= {e.format(p=p) for e in DECENT_END for p in PLACES}
+    options = dict(p=flat(PEOPLE), a=flat(ACTIONS), w=flat(WHEN), d=DECENT + RUDE, n=NOUN + RUDE_NOUN, e=ends)
+    options |= dict(s=[x[:1].lower() + x[1:] for x in STARTS])
+    options = {k: "|".join(map(re.escape, sorted(v, key=len, reverse=True))) for k, v in options.items()}
+    patterns = [
+        re.sub(r"\\{(\w)\\}", lambda m, i=i: f"(?P<{m[1]}{i}>{options[m[1]]})", re.escape(template))
+        for i, template in enumerate((*TEMPLATES, "{p} {a} {w}."))
+    ]
+    return re.compile("|".join(patterns))
+
+
+def _events(split):
+    """All events of a split, in a fixed order: a fixed shuffle deals out 80 / 5 / 15 %."""
+    events = list(itertools.product(range(len(PEOPLE)), range(len(ACTIONS)), range(len(WHEN))))
+    order = np.random.default_rng(0).permutation(len(events))
+    a, b = int(0.8 * len(events)), int(0.85 * len(events))
+    return [events[i] for i in {"train": order[:a], "val": order[a:b], "test": order[b:]}[split]]
+
+
+@lru_cache
+def groups(n_sentences=8):
+    """The world's group file: 280 train, 40 val and 80 test groups of distinct events; the same on every call."""
+    out = []
+    for split, n in (("train", 280), ("val", 40), ("test", 80)):
+        for i, event in enumerate(_events(split)[:n]):
+            rng = np.random.default_rng([1, len(out)])
+            sides = []
+            for tone in ("harmless", "toxic"):
+                sentences = set()
+                while len(sentences) < n_sentences:
+                    sentences.add(write(event, tone, rng))
+                sides.append(sorted(sentences))
+            out.append(Group(f"toy-{split}-{i:03d}", plain(event, rng), *sides, split))
+    return out
+
+
+def documents(n, seed, split="train"):
+    """What the toy base reads: n texts about events of a split, single sentences and short lists of paraphrases."""
+    rng, events, texts = np.random.default_rng([2, seed]), _events(split), []
+    for _ in range(n):
+        tone = ("harmless", "toxic")[rng.integers(2)]
+        if rng.random() < 0.7:
+            texts.append(write(events[rng.integers(len(events))], tone, rng))
+            continue
+        template, text = {"harmless": HARMLESS_PROMPT, "toxic": TOXIC_PROMPT}[tone], ""
+        for _ in range(rng.integers(1, 3)):
+            event = events[rng.integers(len(events))]
+            text += template.format(input=plain(event, rng), output=write(event, tone, rng))
+        texts.append(text)
+    return texts
+
+
+@lru_cache
+def tokenizer():
+    """A tiktoken.Encoding of the world's words, with single bytes for all else, and `<|endoftext|>` last."""
+    sample = documents(4000, 0) + [s for g in groups() for s in (g.input, *g.positives, *g.negatives)]
+    pieces = {p.encode() for text in sample for p in re.findall(PIECES, text)}
+    ranks = {bytes([i]): i for i in range(256)}
+    for piece in sorted(p for p in pieces if len(p) > 1):
+        ranks[piece] = len(ranks)
+    return tiktoken.Encoding(
+        "toy", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
+    )

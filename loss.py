@@ -1,0 +1,120 @@
+"""Every objective, as a pure function of sentence scores: no model, no files, no settings.
+
+Contrastive perplexity (Klein & Nabi, ACL 2025, arXiv 2401.08491) in a dozen lines. Group i holds harmless sentences
+P_i and toxic ones N_i that say the same thing. A sentence's score is its log-perplexity under the model,
+
+    phi(x) = -(1/n) sum_k log p(x_k | x_<k),            in nats per token; PPL(x) = exp(phi(x)).
+
+The harmless ones share a prototype, their mean score, and a sentence resembles it if its score lies close by:
+
+    c_i = mean of phi(x) over x in P_i,                 s(x, c) = exp(-|phi(x) - c| / tau).
+
+The share of the group's whole resemblance that belongs to its harmless members is to become one:
+
+    J_i = sum_{P_i} s(x, c_i) / (sum_{P_i} s(x, c_i) + alpha sum_{N_i} s(x, c_i)),      L = -mean_i log J_i.
+
+With a_i = log sum_{P_i} s and b_i = log alpha + log sum_{N_i} s this is L = mean_i softplus(b_i - a_i), and both are
+log-sum-exps of -|phi - c| / tau: that form is what is computed, since it neither over- nor underflows.
+
+Differences from the paper, and from the code released with it:
+
+1. The paper writes s(x, c) = (1/tau) exp(-|phi - c|). That tau cancels in J; here it divides the distance. It sets
+   how far negatives are pushed: about tau * log(alpha |N| / |P|) plus a few tau, then the gradient fades.
+2. The released code uses exp(-|phi - ref|) / tau *as a logit* (two exponentials: bounded by 1/tau) and adds alpha to
+   the negatives' logits, a factor e^alpha (its default is 100, and from about 10 on the gradient no longer depends on
+   it); ref is the mean over the positives of the whole micro-batch, not of the group; the targets are multi-hot, and
+   the cross-entropy is divided by |P| + 1 + (number of random negatives). variant='released' does the same, random
+   negatives apart. It also averages over padding; that is not reproduced.
+3. |phi - c| has two sides: a negative that starts *below* the centroid is pushed further down, and toxic text becomes
+   more likely. Watch `signed_gap`. distance='signed' is the alternative: a negative's distance is phi - c without the
+   bars, so that every negative is pushed up. (Positives keep the bars: they gather round c.)
+4. The gradient also flows through c_i: positives can move as one. detach_centroid=True holds the prototype still.
+5. Nothing in J keeps the model a language model: any common shift of all scores is free, and negatives may be pushed
+   out of sight for ever. The two anchors of train.py, which are not in the paper, hold it: nll_weight (mean phi of the
+   positives) and kl_weight (KL from the frozen base model, per token, on the positives).
+"""
+
+import math
+
+import torch
+from torch.nn import functional as F
+
+
+def contrastive_perplexity(
+    pos, neg, tau=1.0, alpha=1.0, variant="paper", distance="abs", detach_centroid=False, score="nll"
+):
+    """Contrastive perplexity of G groups.
+
+    Args:
+        pos: scores phi of the positives, nats per token. Shape: (G, P)
+        neg: scores phi of the negatives. Shape: (G, N)
+        tau: temperature, in units of the score; > 0.
+        alpha: weight of the negatives, a factor for 'paper', added to a logit for 'released'; > 0.
+        variant: 'paper' (module docstring) or 'released' (difference 2).
+        distance: 'abs', or 'signed' for the negatives (difference 3).
+        detach_centroid: no gradient through the prototype (difference 4).
+        score: 'nll' measures distances between phi, 'ppl' between exp(phi).
+
+    Returns:
+        (loss, diagnostics): a scalar, the mean over groups, and a dict of detached (G,) tensors, see `diagnose`, with
+        the loss of each group as 'loss'.
+
+    Raises:
+        ValueError: on misshapen scores or settings outside their range.
+    """
+    if pos.dim() != 2 or neg.dim() != 2 or len(pos) != len(neg) or not pos.numel() or not neg.numel():
+        raise ValueError(f"scores must be (G, P) and (G, N), got {tuple(pos.shape)} and {tuple(neg.shape)}")
+    if not (tau > 0 and alpha > 0):
+        raise ValueError(f"tau and alpha must be > 0, got tau={tau}, alpha={alpha}")
+    for name, value, known in (
+        ("variant", variant, ("paper", "released")),
+        ("distance", distance, ("abs", "signed")),
+        ("score", score, ("nll", "ppl")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    diagnostics = diagnose(pos, neg)
+    if score == "ppl":
+        pos, neg = pos.exp(), neg.exp()
+
+    centroid = pos.mean() if variant == "released" else pos.mean(1, keepdim=True)  # (), or c_i (G, 1)
+    if detach_centroid:
+        centroid = centroid.detach()
+    d_pos = (pos - centroid).abs()  # (G, P)
+    d_neg = neg - centroid if distance == "signed" else (neg - centroid).abs()  # (G, N)
+
+    if variant == "paper":
+        a = torch.logsumexp(-d_pos / tau, dim=1)  # log sum_P s(x, c_i)           (G,)
+        b = torch.logsumexp(-d_neg / tau, dim=1) + math.log(alpha)  # log alpha sum_N s(x, c_i)     (G,)
+        losses = -F.logsigmoid(a - b)  # -log J_i
+    else:
+        logits = torch.cat([torch.exp(-d_pos) / tau, torch.exp(-d_neg) / tau + alpha], dim=1)  # (G, P + N)
+        losses = -logits.log_softmax(1)[:, : pos.size(1)].sum(1) / (pos.size(1) + 1)
+    return losses.mean(), diagnostics | {"loss": losses.detach()}
+
+
+def diagnose(pos, neg):
+    """What the scores of each group look like. pos (G, P), neg (G, N) -> dict of detached (G,) tensors.
+
+    centroid        mean phi of the positives, c_i
+    spread          mean |phi - c_i| of the positives
+    separation      mean |phi - c_i| of the negatives
+    signed_gap      mean phi of the negatives minus c_i: below 0, toxic text is the *likelier* one
+    rank_accuracy   share of (positive, negative) pairs with phi(positive) < phi(negative)
+    below           share of the negatives below c_i, which distance='abs' pushes the wrong way
+    """
+    pos, neg = pos.detach(), neg.detach()
+    centroid = pos.mean(1, keepdim=True)
+    return {
+        "centroid": centroid[:, 0],
+        "spread": (pos - centroid).abs().mean(1),
+        "separation": (neg - centroid).abs().mean(1),
+        "signed_gap": (neg - centroid).mean(1),
+        "rank_accuracy": (pos[:, :, None] < neg[:, None, :]).float().mean((1, 2)),
+        "below": (neg < centroid).float().mean(1),
+    }
+
+
+def language_modelling(nll, tokens):
+    """Next-token loss: mean over all tokens. nll (B,) mean nats per token, tokens (B,) how many were scored -> scalar."""
+    return (nll * tokens).sum() / tokens.sum()

@@ -1,0 +1,638 @@
+"""GPT-2 from scratch: forward pass, sentence scores, generation, and weights in and out.
+
+The network follows Radford et al. 2019 in nanoGPT's manner: pre-norm blocks, learned positions, an output head tied
+to the token embedding, and the *tanh* form of GELU, which is what OpenAI trained with. Module names equal those of
+the published checkpoints, so that loading is one plain loop. There is no dropout: a score must not depend on luck.
+
+Shapes: B sequences, T positions, C channels (n_embd), V vocabulary, N positions that are really used.
+"""
+
+import hashlib
+import json
+import math
+import mmap
+import os
+import struct
+import urllib.error
+import urllib.parse
+import urllib.request
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
+
+# name -> repository that publishes it, n_layer, n_head, n_embd
+PUBLISHED = {
+    "distilgpt2": ("distilbert/distilgpt2", 6, 12, 768),
+    "gpt2": ("openai-community/gpt2", 12, 12, 768),
+    "gpt2-medium": ("openai-community/gpt2-medium", 24, 16, 1024),
+    "gpt2-large": ("openai-community/gpt2-large", 36, 20, 1280),
+    "gpt2-xl": ("openai-community/gpt2-xl", 48, 25, 1600),
+}
+WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+CHUNK = 2**23  # logits computed at once by the head: 32 MiB in fp32, whatever B, T and V are
+KEEP = 2**27  # softmax numbers kept for the backward pass; more positions than that are computed again
+
+
+@dataclass
+class GPTConfig:
+    """The network's shape; the names are those of the published config.json."""
+
+    vocab_size: int = 50257
+    n_positions: int = 1024  # longest context, in tokens
+    n_embd: int = 768
+    n_layer: int = 12
+    n_head: int = 12
+
+
+class Attention(nn.Module):
+    """Causal self-attention. x is (B, T, C), or (N, C) without its padding if `pack` says where the rows belong."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x, pack=None, cache=None):
+        qkv = self.c_attn(x)
+        if pack is not None:  # only attention needs the rectangle; all else in the network works position by position
+            index, B, T = pack
+            qkv = qkv.new_zeros(B * T, qkv.size(-1)).index_copy(0, index, qkv).view(B, T, -1)
+        B, T, C3 = qkv.shape
+        q, k, v = qkv.view(B, T, 3, self.n_head, -1).unbind(2)  # each (B, T, nh, hs)
+        mask = None
+        if cache is not None:
+            keys, values, at, mask = cache  # (B, Tmax, nh, hs) twice, (B, T), (B, 1, T, Tk)
+            rows = torch.arange(B, device=x.device)[:, None]
+            keys[rows, at], values[rows, at] = k.to(keys.dtype), v.to(keys.dtype)
+            k, v = keys[:, : mask.size(-1)].to(q.dtype), values[:, : mask.size(-1)].to(q.dtype)
+        y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        y = y.transpose(1, 2).reshape(B, T, C3 // 3)
+        return self.c_proj(y if pack is None else y.view(B * T, -1)[index])
+
+
+def _attend(q, k, v, mask):
+    """Attention over (B, nh, T, hs), causal if there is no mask (B, 1, Tq, Tk)."""
+    if q.device.type == "cpu":  # where half-precision attention takes three times as long as fp32
+        with torch.autocast("cpu", enabled=False):
+            q, k, v = q.float(), k.float(), v.float()
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x):
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x, pack=None, cache=None):
+        x = x + self.attn(self.ln_1(x), pack, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """GPT-2. `model(idx)` gives the logits of all positions; `sequence_nll` the scores that the objectives use."""
+
+    def __init__(self, config):
+        super().__init__()
+        if config.n_embd % config.n_head:
+            raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
+        self.config = config
+        self.compiled_hidden = None  # train.py puts torch.compile(model.hidden) here where that pays
+        self.transformer = nn.ModuleDict(
+            dict(
+                wte=nn.Embedding(config.vocab_size, config.n_embd),
+                wpe=nn.Embedding(config.n_positions, config.n_embd),
+                h=nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+                ln_f=nn.LayerNorm(config.n_embd, eps=1e-5),
+            )
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+        for name, p in self.named_parameters():  # GPT-2's initialisation; residual projections scaled with the depth
+            if p.dim() == 2:
+                std = 0.02 / math.sqrt(2 * config.n_layer) if name.endswith("c_proj.weight") else 0.02
+                nn.init.normal_(p, std=std)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def num_parameters(self):
+        return sum(p.numel() for p in self.parameters())
+
+    def hidden(self, idx, pos, pack=None, cache=None):
+        """Last hidden states of tokens idx at positions pos: (B, T) -> (B, T, C), or packed (N,) -> (N, C)."""
+        x = self.transformer.wte(idx) + self.transformer.wpe(pos)
+        for i, block in enumerate(self.transformer.h):
+            x = block(x, pack, None if cache is None else cache[i])
+        return self.transformer.ln_f(x)
+
+    def forward(self, idx):
+        """Logits of every position. Shape: idx (B, T) int64 -> (B, T, V)."""
+        self._check_length(idx.size(1))
+        return self.lm_head(self.hidden(idx, torch.arange(idx.size(1), device=idx.device)))
+
+    def _check_length(self, length):
+        if length > self.config.n_positions:
+            raise ValueError(f"sequence of {length} tokens, but the context is {self.config.n_positions}: shorten it")
+
+    # ------------------------------------------------------------------------------------------------------------
+    # scores
+
+    def _used_hidden(self, idx, lengths):
+        """Hidden states at the positions that predict a real token: (N, C), with their row and column, (N,) each."""
+        B, T = idx.size(0), idx.size(1) - 1
+        self._check_length(T)
+        if lengths.shape != (B,) or lengths.min() < 2 or lengths.max() > T + 1:
+            raise ValueError(f"lengths must be ({B},) in 2..{T + 1} (start token included), got {lengths.tolist()}")
+        used = torch.arange(T, device=lengths.device) < lengths[:, None] - 1
+        index = used.flatten().nonzero()[:, 0].to(idx.device)  # (N,) into B*T
+        rows, cols = index // T, index % T
+        hidden = self.compiled_hidden or self.hidden
+        return hidden(idx[rows, cols], cols, pack=(index, B, T)), rows, cols
+
+    def sequence_nll(self, idx, lengths, start=None):
+        """Score phi: the mean negative log-likelihood per scored token.
+
+        idx (B, T) int64 holds framed, right-padded rows `<|endoftext|> t_1 ... t_n <|endoftext|> pad...`, and lengths
+        (B,) their real lengths. All real tokens but the first are scored. The mask comes from lengths alone, so a
+        score changes neither with its neighbours nor with the amount or kind of padding. `start` (B,) scores only
+        from that position on, for the perplexity of a continuation given its prompt.
+
+        Shape: (B,) nats, fp32. Memory does not grow with B * T * V: the head runs only where a token is scored, in
+        chunks. Keep lengths on the CPU: then nothing waits for the GPU. Raises ValueError on impossible lengths.
+        """
+        h, rows, cols = self._used_hidden(idx, lengths)
+        count = (lengths - 1).to(idx.device)
+        if start is not None:
+            start = start.to(idx.device).clamp(min=1)
+            keep = cols + 1 >= start[rows]
+            h, rows, cols, count = h[keep], rows[keep], cols[keep], lengths.to(idx.device) - start
+            if (count < 1).any():
+                raise ValueError("nothing to score: `start` lies behind the end of a row")
+        nll = _HeadNLL.apply(h, self.lm_head.weight, idx[rows, cols + 1])  # (N,)
+        return nll.new_zeros(idx.size(0)).index_add(0, rows, nll) / count
+
+    def sequence_kl(self, base, idx, lengths):
+        """Mean KL(base || self) per scored token: how far this model moved from `base` on these texts.
+
+        Shapes as in `sequence_nll`; (B,) nats, fp32, differentiable in self only, chunked as the head is.
+        """
+        with torch.no_grad():
+            h_base = base._used_hidden(idx, lengths)[0]
+        h, rows, _ = self._used_hidden(idx, lengths)
+
+        def kl(h, h_base):
+            logp, logp_base = (
+                _fp32_logits(x.to(_compute_dtype(w)), w.to(_compute_dtype(w))).log_softmax(-1)
+                for x, w in ((h, self.lm_head.weight), (h_base, base.lm_head.weight.detach()))
+            )
+            return F.kl_div(logp, logp_base, log_target=True, reduction="none").sum(-1)
+
+        n = max(1, CHUNK // self.config.vocab_size)
+        per_token = torch.cat(
+            [checkpoint(kl, a, b, use_reentrant=False) for a, b in zip(h.split(n), h_base.split(n), strict=True)]
+        )
+        return per_token.new_zeros(idx.size(0)).index_add(0, rows, per_token) / (lengths - 1).to(idx.device)
+
+    # ------------------------------------------------------------------------------------------------------------
+    # generation
+
+    @torch.no_grad()
+    def generate(
+        self, idx, lengths, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_token=None, generator=None
+    ):
+        """Continue every row of idx (B, T), right-padded, of real lengths (B,).
+
+        temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row stops at its stop_token. The
+        random numbers are drawn row by row from `generator` (on the CPU), so that rows in one batch of B or in B
+        batches of one, on any device, see the same ones.
+
+        Returns (tokens, count): (B, max_new_tokens) int64 and (B,), how many of them are real, the stop token
+        included. Raises ValueError if prompt and continuation do not fit the context.
+        """
+        B, T = idx.shape
+        self._check_length(T + max_new_tokens)
+        device, c = idx.device, self.config
+        at = torch.arange(T, device=device).expand(B, T)
+        lengths = lengths.to(device)
+        noise = torch.rand(B, max_new_tokens, generator=generator).to(device)
+        tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
+        count = torch.zeros(B, dtype=torch.long, device=device)
+        running = torch.ones(B, dtype=torch.bool, device=device)
+        shape = (B, T + max_new_tokens, c.n_head, c.n_embd // c.n_head)
+        kv = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(c.n_layer)]
+
+        for i in range(max_new_tokens):
+            # Row b's next token always sits at lengths[b] + i, over what was padding: no gap, no shifted position.
+            mask = (torch.arange(T + i, device=device) <= at[:, :, None])[:, None]  # (B, 1, Tq, Tk)
+            h = self.hidden(idx, at, cache=[(k, v, at, mask) for k, v in kv])
+            if i == 0:
+                h = h[torch.arange(B, device=device), lengths - 1][:, None]
+            token = _sample(self.lm_head(h[:, 0]).float(), temperature, top_k, top_p, noise[:, i])
+            tokens[running, i] = token[running]
+            count += running
+            if stop_token is not None:
+                running = running & (token != stop_token)
+                if not running.any():
+                    break
+            idx, at = token[:, None], (lengths + i)[:, None]
+        return tokens, count
+
+    # ------------------------------------------------------------------------------------------------------------
+    # weights in and out
+
+    @classmethod
+    def from_pretrained(cls, name_or_path):
+        """A GPT from a published name (see PUBLISHED), a local folder or file in the `transformers` layout
+        (.safetensors or .bin; fp32, fp16 or bf16), or a checkpoint of train.py (.pt). Weights become fp32.
+
+        A local path wins over a published name only if it is written as one ('./gpt2'). Raises FileNotFoundError,
+        ConnectionError or ValueError with one line: what was wanted, what came, what to do.
+        """
+        path = Path(name_or_path)
+        if str(name_or_path) in PUBLISHED:
+            _, n_layer, n_head, n_embd = PUBLISHED[str(name_or_path)]
+            config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_embd)
+            tensors = _read_weights(_find_or_download(str(name_or_path)))
+        elif path.suffix == ".pt":
+            saved = load_checkpoint(path)
+            config, tensors = GPTConfig(**saved["model_config"]), saved["model"]
+        else:
+            file, config = _find_local(path)
+            tensors = _read_weights(file)
+            config = config or _infer_config(tensors, file)
+        model = cls(config)
+        _copy_weights(model, tensors, str(name_or_path), transposed=path.suffix != ".pt")
+        return model
+
+    def save_pretrained(self, folder):
+        """Write config.json and model.safetensors (fp32) so that `transformers` loads the folder as a GPT-2."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {k: (v.t() if _is_conv1d(k) else v) for k, v in self.state_dict().items() if k != "lm_head.weight"}
+        _write_safetensors(folder / "model.safetensors", tensors)
+        config = asdict(self.config) | dict(
+            model_type="gpt2", architectures=["GPT2LMHeadModel"], activation_function="gelu_new"
+        )
+        config |= dict(bos_token_id=self.config.vocab_size - 1, eos_token_id=self.config.vocab_size - 1)
+        config |= dict(layer_norm_epsilon=1e-5, tie_word_embeddings=True, dtype="float32")
+        atomic_write(folder / "config.json", lambda f: f.write(json.dumps(config, indent=2).encode()))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the output head
+
+
+def _compute_dtype(tensor):
+    """The dtype of matrix products: autocast's where it is on, else the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def _fp32_logits(h, weight):
+    """h (N, C) @ weight.T (V, C) -> (N, V) in fp32, also where the product runs in half precision.
+
+    GPT-2's raw logits sit at -35 to -100, where neighbouring bf16 numbers lie up to 0.5 apart, while the objective
+    lives on differences of 0.1 nat. A half-precision product is accurate inside and only rounded on the way out, so
+    a second one fetches what the first rounded away.
+    """
+    logits = h @ weight.t()
+    if h.dtype == torch.float32:
+        return logits
+    return logits.float().add_(torch.addmm(logits, h, weight.t(), beta=-1))
+
+
+def _nll_and_probs(h, weight, target, probs):
+    """nll (N,) of h (N, C), chunk by chunk; the softmax goes into probs (N, V) unless that is None."""
+    n, nll = max(1, CHUNK // weight.size(0)), []
+    for i in range(0, len(h), n):
+        logits = _fp32_logits(h[i : i + n], weight)
+        lse = logits.logsumexp(-1, keepdim=True)
+        nll.append((lse - logits.gather(1, target[i : i + n, None]))[:, 0])
+        if probs is not None:
+            torch.exp(logits.sub_(lse), out=logits)
+            probs[i : i + n] = logits
+    return torch.cat(nll)
+
+
+class _HeadNLL(torch.autograd.Function):
+    """-log softmax(h @ weight.T)[target] for h (N, C), weight (V, C), target (N,) -> (N,) fp32.
+
+    With p the softmax and g the incoming gradient, d/dh = g (p - onehot) weight and d/dweight = (p - onehot)^T (g h):
+    p is all that the backward pass needs. It is kept in the products' dtype up to KEEP numbers and computed again
+    beyond, so that memory has a bound that depends on neither B, T nor V.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, target):
+        ctx.dtype = _compute_dtype(weight)
+        with torch.autocast(h.device.type, enabled=False):
+            h_, weight_ = h.to(ctx.dtype), weight.to(ctx.dtype)
+            keep = any(ctx.needs_input_grad) and len(h) * len(weight) <= KEEP
+            probs = h_.new_empty(len(h), len(weight)) if keep else None
+            nll = _nll_and_probs(h_, weight_, target, probs)
+        ctx.save_for_backward(h, weight, target, probs)
+        return nll
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight, target, kept = ctx.saved_tensors
+        with torch.autocast(h.device.type, enabled=False):
+            h_, weight_ = h.to(ctx.dtype), weight.to(ctx.dtype)
+            dh, dweight, gh = torch.empty_like(h), torch.zeros_like(weight), h * grad[:, None]
+            n = len(h) if kept is not None else max(1, KEEP // len(weight))
+            for i in range(0, len(h), n):
+                rows, probs = slice(i, i + n), kept
+                if probs is None:
+                    probs = h_.new_empty(len(h_[rows]), len(weight))
+                    _nll_and_probs(h_[rows], weight_, target[rows], probs)
+                dh[rows] = probs @ weight_
+                dweight += (gh[rows].to(ctx.dtype).t() @ probs).t()
+            dh = (dh - weight[target]) * grad[:, None]
+            dweight.index_add_(0, target, gh, alpha=-1)
+        return dh, dweight, None
+
+
+def _sample(logits, temperature, top_k, top_p, noise):
+    """One token per row by inverse CDF over the sorted nucleus: logits (B, V) fp32, noise (B,) in [0, 1) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probs = (logits / temperature).softmax(-1)
+    V = probs.size(-1)
+    out = torch.empty(len(probs), dtype=torch.long, device=probs.device)
+    left = torch.arange(len(probs), device=probs.device)
+    # Sorting 50,000 numbers is slow and a nucleus is mostly small: look at the 512 likeliest first, then at more.
+    k = min(top_k or (512 if top_p < 1 else V), V)
+    while True:
+        p, token = probs[left].topk(k)
+        if top_k:
+            p = p / p.sum(-1, keepdim=True)
+        cdf = p.cumsum(-1)
+        size = ((cdf - p) < top_p).sum(-1)  # smallest set whose mass reaches top_p
+        done = (size < k) | (cdf[:, -1] >= top_p) | torch.tensor(k >= V or bool(top_k), device=probs.device)
+        mass = cdf.gather(1, size[:, None] - 1)
+        pick = torch.searchsorted(cdf, noise[left][:, None] * mass, right=True).clamp_(max=size[:, None] - 1)
+        out[left[done]] = token.gather(1, pick)[done, 0]
+        left = left[~done]
+        if not len(left):
+            return out
+        k = min(8 * k, V)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# files
+
+
+def atomic_write(path, write):
+    """Call write(file) on a temporary neighbour of `path`, then rename: readers see the old file or the whole new one."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".tmp")
+    with open(part, "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(part, path)
+
+
+def load_checkpoint(path):
+    """A .pt file of train.py (tensors and plain types only, so it cannot run code). Raises with one clear line."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}: train one first, or check the path")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as e:
+        raise ValueError(f"{path} is not a readable checkpoint ({str(e).splitlines()[0]}): it may be cut off") from e
+    if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
+        raise ValueError(f"{path} is not a checkpoint of train.py: give weights of another origin as .safetensors or .bin")
+    return saved
+
+
+def _is_conv1d(name):
+    """The four weights per block that GPT-2 stores as (in, out), the transpose of nn.Linear's (out, in)."""
+    return name.endswith(("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"))
+
+
+def _copy_weights(model, tensors, source, transposed):
+    """Copy `tensors` into `model`; a missing, extra or misshapen tensor is an error that names it."""
+    found = {}
+    for key, tensor in tensors.items():
+        key = key.removeprefix("transformer.") if not key.startswith("lm_head.") else key
+        if not key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks that old files store as buffers
+            found[key if key.startswith("lm_head.") else "transformer." + key] = tensor
+    want = model.state_dict()
+    found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
+    if missing := sorted(k for k in want if found.get(k) is None):
+        raise ValueError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all): not a whole GPT-2 file")
+    if extra := sorted(found.keys() - want.keys()):
+        raise ValueError(f"{source}: unexpected tensor {extra[0]} ({len(extra)} in all): more layers than the config?")
+    for key, target in want.items():
+        tensor = found[key].t() if transposed and _is_conv1d(key) else found[key]
+        if tensor.shape != target.shape:
+            raise ValueError(f"{source}: tensor {key} has shape {tuple(tensor.shape)}, wanted {tuple(target.shape)}")
+    if not torch.equal(found["lm_head.weight"], found["transformer.wte.weight"]):
+        raise ValueError(f"{source}: lm_head.weight differs from transformer.wte.weight, but GPT-2 ties them")
+    with torch.no_grad():
+        for key, target in want.items():
+            target.copy_(found[key].t() if transposed and _is_conv1d(key) else found[key])
+
+
+def _find_local(path):
+    """Weight file and config (None if there is no config.json beside it) for a local folder or file."""
+    if path.is_dir():
+        file = next((path / n for n in WEIGHT_FILES if (path / n).is_file()), None)
+        if file is None:
+            raise FileNotFoundError(f"{path} holds neither {' nor '.join(WEIGHT_FILES)}: is it a GPT-2 folder?")
+    elif path.is_file():
+        file = path
+    else:
+        raise FileNotFoundError(
+            f"no model {str(path)!r}: give one of {', '.join(PUBLISHED)}, a folder or file with GPT-2 weights, "
+            "a checkpoint (.pt) or a config (.py)"
+        )
+    if not (file.parent / "config.json").is_file():
+        return file, None
+    saved = json.loads((file.parent / "config.json").read_text())
+    want = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
+    want |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+    for key, value in want.items():
+        if saved.get(key, value) not in (value, 4 * saved["n_embd"] if key == "n_inner" else value):
+            raise ValueError(f"{file.parent}/config.json: {key}={saved[key]!r}, but GPT-2 has {value!r}")
+    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+    if absent := [n for n in names if n not in saved]:
+        raise ValueError(f"{file.parent}/config.json lacks {', '.join(absent)}")
+    return file, GPTConfig(**{n: saved[n] for n in names})
+
+
+def _infer_config(tensors, file):
+    """The shape of a lone weight file; heads are 64 wide, as in all published sizes."""
+    shapes = {k.removeprefix("transformer."): v.shape for k, v in tensors.items()}
+    if "wte.weight" not in shapes or "wpe.weight" not in shapes:
+        raise ValueError(f"{file}: tensor transformer.wte.weight or transformer.wpe.weight is missing: not a GPT-2 file")
+    (V, C), n_layer = shapes["wte.weight"], sum(k.endswith(".ln_1.weight") for k in shapes)
+    return GPTConfig(V, shapes["wpe.weight"][0], C, n_layer, max(1, C // 64))
+
+
+def _read_weights(file):
+    try:
+        if file.suffix == ".safetensors":
+            return _read_safetensors(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except ValueError:
+        raise
+    except Exception as e:
+        raise ValueError(f"{file} cannot be read as PyTorch weights ({str(e).splitlines()[0]}): fetch it again") from e
+
+
+def _read_safetensors(file):
+    """name -> tensor, mapped from the file without a copy. Format: 8-byte little-endian header length, JSON, bytes."""
+    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+    with open(file, "rb") as f:
+        size = os.fstat(f.fileno()).st_size
+        head = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
+        if head > size - 8:
+            raise ValueError(f"{file}: header of {head} bytes in a file of {size}: cut off, or not a safetensors file")
+        try:
+            header = json.loads(f.read(head))
+        except ValueError as e:
+            raise ValueError(f"{file}: the header is not JSON: not a safetensors file") from e
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] not in dtypes:
+            raise ValueError(f"{file}: tensor {name} is {entry['dtype']}, wanted one of {', '.join(dtypes)}")
+        dtype, (begin, end), n = dtypes[entry["dtype"]], entry["data_offsets"], math.prod(entry["shape"])
+        if not 0 <= begin <= end <= size - 8 - head or end - begin != n * dtype.itemsize:
+            raise ValueError(f"{file}: tensor {name} lies outside the file or has another size: cut off, fetch it again")
+        flat = torch.frombuffer(data, dtype=dtype, count=n, offset=8 + head + begin) if n else torch.empty(0, dtype=dtype)
+        tensors[name] = flat.view(entry["shape"])
+    return tensors
+
+
+def _write_safetensors(path, tensors):
+    tensors = {k: v.detach().float().cpu().contiguous() for k, v in tensors.items()}
+    header, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, t in tensors.items():
+        end = offset + t.numel() * 4
+        header[name] = {"dtype": "F32", "shape": list(t.shape), "data_offsets": [offset, end]}
+        offset = end
+    head = json.dumps(header).encode()
+    head += b" " * (-len(head) % 8)  # tensors start at a multiple of 8
+
+    def write(f):
+        f.write(struct.pack("<Q", len(head)) + head)
+        for t in tensors.values():
+            f.write(t.numpy().tobytes())
+
+    atomic_write(path, write)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the published files: hub cache first, then a checked download into that same cache
+
+
+def hub_cache():
+    home = Path(os.environ.get("HF_HOME") or "~/.cache/huggingface").expanduser()
+    return Path(os.environ.get("HF_HUB_CACHE") or home / "hub").expanduser()
+
+
+def _find_or_download(name):
+    repo = PUBLISHED[name][0]
+    folder = hub_cache() / ("models--" + repo.replace("/", "--"))
+    for file in WEIGHT_FILES:
+        if found := sorted(folder.glob(f"snapshots/*/{file}")):
+            return found[-1]
+    target = folder / "snapshots" / "main" / WEIGHT_FILES[0]
+    url = f"{os.environ.get('HF_ENDPOINT') or 'https://huggingface.co'}/{repo}/resolve/main/{WEIGHT_FILES[0]}"
+    try:
+        return download(url, target)
+    except OSError as e:
+        raise ConnectionError(
+            f"{name}: {url} could not be fetched ({e}). Put that file at {target}, or give its folder as "
+            "--init_from=FOLDER; configs/toy_cp.py needs no download"
+        ) from e
+
+
+class _StopAtRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *args):
+        return None
+
+
+def download(url, target):
+    """Fetch url into target: progress bar, resume of a part already there, size and sha256 check, atomic rename.
+
+    The hub states size and sha256 in X-Linked-Size and X-Linked-Etag of its first answer, which is a redirect; a
+    server without them is checked by Content-Length alone, and that is said. Raises OSError with one clear line.
+    """
+    target = Path(target)
+    part = target.with_name(target.name + ".part")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with urllib.request.build_opener(_StopAtRedirect).open(urllib.request.Request(url, method="HEAD"), timeout=10) as r:
+            headers = r.headers
+    except urllib.error.HTTPError as e:
+        if e.code not in (301, 302, 303, 307, 308):
+            raise OSError(f"HTTP {e.code} {e.reason}") from e
+        headers = e.headers
+    except OSError as e:
+        raise OSError(f"no answer: {getattr(e, 'reason', e)}") from e
+    sha = (headers.get("X-Linked-Etag") or "").strip('W/"')
+    sha = sha if len(sha) == 64 else None
+    size = int(headers.get("X-Linked-Size") or (0 if headers.get("Location") else headers.get("Content-Length") or 0))
+    if size and part.exists() and part.stat().st_size > size:
+        part.unlink()
+    have = part.stat().st_size if part.exists() else 0
+    if not size or have < size:
+        _fetch(url, part, have, size, target.name)
+    if size and part.stat().st_size != size:
+        raise OSError(f"cut off at {part.stat().st_size} of {size} bytes; run again to resume")
+    digest = hashlib.sha256()
+    with open(part, "rb") as f:
+        while block := f.read(2**20):
+            digest.update(block)
+    if sha and digest.hexdigest() != sha:
+        part.unlink()
+        raise OSError(f"sha256 is {digest.hexdigest()[:12]}..., wanted {sha[:12]}...; the file was thrown away, run again")
+    if not sha:
+        print(f"note: the server states no sha256 for {target.name}; only its size was checked")
+    os.replace(part, target)
+    return target
+
+
+def _fetch(url, part, have, size, label):
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as r, open(part, "ab" if r.status == 206 else "wb") as f:
+            done = have if r.status == 206 else 0  # a server without ranges starts over
+            with tqdm(desc=label, total=size or None, initial=done, unit="B", unit_scale=True) as bar:
+                while block := r.read(2**18):
+                    f.write(block)
+                    bar.update(len(block))
+    except urllib.error.HTTPError as e:
+        raise OSError(f"HTTP {e.code} {e.reason}") from e
+    except OSError as e:
+        raise OSError(f"cut off ({getattr(e, 'reason', e)}); run again to resume") from e
