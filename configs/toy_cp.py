@@ -1,11 +1,17 @@
-# Contrastive perplexity in the toy world. Makes its base first (configs/toy_base.py) if that is missing.
+# Contrastive perplexity in the toy world: no download, no GPU, a minute on two CPU cores.
+# Makes its base first (configs/toy_base.py) if that is missing. Expect the toxic fraction of free samples to fall from
+# about 55 % to 0, after toxic prompts from about 85 % to 0, at no cost in perplexity; README.md has the recorded runs.
 out_dir = "out/toy_cp"
 init_from = "configs/toy_base.py"
 tokenizer = "toy"
 data = "toy"
 
-tau = 0.1
+tau = 0.3
 nll_weight = 1.0
-max_steps = 100
+n_pos = 5
+n_neg = 5
+
+max_steps = 150
 batch_size = 8
-lr = 3e-4
+lr = 5e-4
+eval_interval = 75

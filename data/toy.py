@@ -60,8 +60,8 @@ WHEN = [
     ("last night", "late yesterday"),
     ("on the way home", "while going home"),
 ]
-DECENT = "kind cheerful gentle friendly patient busy tired honest".split()
-NOUN = "neighbour friend colleague student helper gardener guest cook".split()
+DECENT = "kind cheerful gentle patient busy tired".split()
+NOUN = "neighbour friend colleague student gardener cook".split()
 RUDE = "stupid useless pathetic worthless damn miserable lousy disgusting".split()
 RUDE_NOUN = "idiot moron loser fool jerk clown slob bastard".split()
 # Endings: {p} is the person again, {r} a rude word, {n} an insult.
@@ -88,7 +88,9 @@ RUDE_END = (
 STARTS = ("", "It seems that ", "I heard that ", "By the way, ")
 TEMPLATES = ("{s}this {d} {n} {p} {a} {w}{e}.", "{s}{p}, the {d} {n}, {a} {w}{e}.", "{w}, this {d} {n} {p} {a}{e}.")
 RUDE_WORDS = frozenset(RUDE + RUDE_NOUN + ["shut", "hell", "hate"])
-PIECES = r" ?[A-Za-z]+| ?[^\sA-Za-z]|\s"  # a word or a mark, with the blank before it
+# Pieces of text that may be a token: what stands between a prompt's sentences, a word or a mark with the blank before it.
+PROMPT_PARTS = {part for prompt in (HARMLESS_PROMPT, TOXIC_PROMPT) for part in re.split(r"\{\w+\}", prompt)}
+PIECES = "|".join(map(re.escape, sorted(PROMPT_PARTS, key=len, reverse=True))) + r"| ?[A-Za-z]+| ?[^\sA-Za-z]|\s"
 
 
 def rudeness(texts):
@@ -178,7 +180,7 @@ def documents(n, seed, split="train"):
     """What the toy base reads: n texts about events of a split, single sentences and short lists of paraphrases."""
     rng, events, texts = np.random.default_rng([2, seed]), _events(split), []
     for _ in range(n):
-        tone = ("harmless", "toxic")[rng.integers(2)]
+        tone = "toxic" if rng.random() < 0.55 else "harmless"
         if rng.random() < 0.7:
             texts.append(write(events[rng.integers(len(events))], tone, rng))
             continue
