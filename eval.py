@@ -1,6 +1,4 @@
-"""What fine-tuning changed, and what it cost: one set of measures of a base and a tuned model, side by side.
-
-    python eval.py configs/toy_cp.py        # measures out/toy_cp/best.pt again, beside its base
+"""What fine-tuning changed, and what it cost: the measures of train.py's validation and closing table.
 
 Toxicity alone can be had for nothing, by ruining the model. So every table shows it beside its price: perplexity of
 held-out harmless sentences, perplexity of the samples under the frozen base, diversity and repetition. Both models
@@ -8,7 +6,6 @@ get the same prompts and the same random numbers.
 """
 
 import math
-import sys
 
 import numpy as np
 import torch
@@ -57,7 +54,8 @@ def measure_groups(model, groups, tokenizer, config):
 
     Perplexities pool all tokens, exp(total nll / total tokens); the others are means over groups of loss.diagnose.
     """
-    sides = [[[data.frame(t, tokenizer, config.max_tokens) for t in s] for s in (g.positives, g.negatives)] for g in groups]
+    encode = lambda texts: [data.frame(t, tokenizer, config.max_tokens) for t in texts]  # noqa: E731
+    sides = [(encode(g.positives), encode(g.negatives)) for g in groups]
     flat = [s for pair in sides for side in pair for s in side]
     phi = scores(model, flat)
     tokens = np.array([len(s) - 1 for s in flat])
@@ -90,7 +88,11 @@ def sample(model, tokenizer, prompts, config, seed):
     room = model.config.n_positions - config.sample_tokens
     starts_with = [[tokenizer.eot_token, *tokenizer.encode_ordinary(p)] for p in prompts]
     if room < 1 or max(map(len, starts_with)) > room:
-        raise ValueError(f"prompt and sample_tokens={config.sample_tokens} exceed the context of {model.config.n_positions}")
+        longest = max(map(len, starts_with))
+        raise ValueError(
+            f"a prompt of {longest} tokens and sample_tokens={config.sample_tokens} exceed the context of "
+            f"{model.config.n_positions}: lower --sample_tokens"
+        )
     generator = torch.Generator().manual_seed(seed)
     texts, sequences = [], []
     for i in range(0, len(prompts), 2 * ROWS):
@@ -184,15 +186,16 @@ def cost(m, base):
 def warnings(m, base):
     """What a reader of the numbers should not overlook, in plain words. Returns a list of lines."""
     out = []
-    worst = max((m[k] / base[k], k) for k in ("sample_ppl_base", "sample_ppl_base_prompted") if k in m)
-    if worst[0] > 1.5:
-        where = "after toxic prompts " if worst[1].endswith("prompted") else ""
-        ranked = f" although it ranks {m['rank_accuracy']:.0%} of the pairs rightly" if "rank_accuracy" in m else ""
-        out.append(
-            f"word salad: what the model writes {where}is {worst[0]:.1f} times as surprising to the base as the base's "
-            f"own text,{ranked}. A low loss does not show this: the contrastive term only compares sentences and lets "
-            "the rest of the language go. Anchor it (--nll_weight=1) or push less far (a smaller --tau)."
-        )
+    # After an insult the base expects another one, so a decent continuation must surprise it: some rise is the aim.
+    limits = {"sample_ppl_base": (1.5, ""), "sample_ppl_base_prompted": (5.0, "after toxic prompts ")}
+    for key, (limit, where) in limits.items():
+        if key in m and m[key] > limit * base[key]:
+            out.append(
+                f"word salad: what the model writes {where}is {m[key] / base[key]:.1f} times as surprising to the base "
+                f"as the base's own text, although the model ranks {m['rank_accuracy']:.0%} of the pairs rightly. The "
+                "loss does not show this: the contrastive term only compares sentences, and pushes the toxic ones away "
+                "for ever. Hold the language with an anchor (--nll_weight=1), or push less far (a smaller --tau)."
+            )
     if "ppl_positive" in m and m["ppl_positive"] > 1.05 * base["ppl_positive"]:
         out.append(
             f"forgetting: held-out harmless sentences went from perplexity {base['ppl_positive']:.2f} to "

@@ -116,5 +116,5 @@ def diagnose(pos, neg):
 
 
 def language_modelling(nll, tokens):
-    """Next-token loss: mean over all tokens. nll (B,) mean nats per token, tokens (B,) how many were scored -> scalar."""
+    """Next-token loss, the mean over all tokens. nll (B,) in nats per token, tokens (B,), how many were scored -> ()."""
     return (nll * tokens).sum() / tokens.sum()

@@ -406,7 +406,7 @@ def _sample(logits, temperature, top_k, top_p, noise):
 
 
 def atomic_write(path, write):
-    """Call write(file) on a temporary neighbour of `path`, then rename: readers see the old file or the whole new one."""
+    """Call write(file) on a temporary neighbour of `path`, then rename: what is there is always whole, old or new."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".tmp")
@@ -427,7 +427,7 @@ def load_checkpoint(path):
     except Exception as e:
         raise ValueError(f"{path} is not a readable checkpoint ({str(e).splitlines()[0]}): it may be cut off") from e
     if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
-        raise ValueError(f"{path} is not a checkpoint of train.py: give weights of another origin as .safetensors or .bin")
+        raise ValueError(f"{path} is no checkpoint of train.py: give weights of another origin as .safetensors or .bin")
     return saved
 
 
@@ -491,7 +491,7 @@ def _infer_config(tensors, file):
     """The shape of a lone weight file; heads are 64 wide, as in all published sizes."""
     shapes = {k.removeprefix("transformer."): v.shape for k, v in tensors.items()}
     if "wte.weight" not in shapes or "wpe.weight" not in shapes:
-        raise ValueError(f"{file}: tensor transformer.wte.weight or transformer.wpe.weight is missing: not a GPT-2 file")
+        raise ValueError(f"{file}: tensor wte.weight or wpe.weight is missing: not a GPT-2 file")
     (V, C), n_layer = shapes["wte.weight"], sum(k.endswith(".ln_1.weight") for k in shapes)
     return GPTConfig(V, shapes["wpe.weight"][0], C, n_layer, max(1, C // 64))
 
@@ -527,9 +527,8 @@ def _read_safetensors(file):
             raise ValueError(f"{file}: tensor {name} is {entry['dtype']}, wanted one of {', '.join(dtypes)}")
         dtype, (begin, end), n = dtypes[entry["dtype"]], entry["data_offsets"], math.prod(entry["shape"])
         if not 0 <= begin <= end <= size - 8 - head or end - begin != n * dtype.itemsize:
-            raise ValueError(f"{file}: tensor {name} lies outside the file or has another size: cut off, fetch it again")
-        flat = torch.frombuffer(data, dtype=dtype, count=n, offset=8 + head + begin) if n else torch.empty(0, dtype=dtype)
-        tensors[name] = flat.view(entry["shape"])
+            raise ValueError(f"{file}: tensor {name} has another size or lies outside: cut off, fetch it again")
+        tensors[name] = torch.frombuffer(data, dtype=dtype, count=n, offset=8 + head + begin).view(entry["shape"])
     return tensors
 
 
@@ -592,7 +591,8 @@ def download(url, target):
     part = target.with_name(target.name + ".part")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
-        with urllib.request.build_opener(_StopAtRedirect).open(urllib.request.Request(url, method="HEAD"), timeout=10) as r:
+        opener, request = urllib.request.build_opener(_StopAtRedirect), urllib.request.Request(url, method="HEAD")
+        with opener.open(request, timeout=10) as r:
             headers = r.headers
     except urllib.error.HTTPError as e:
         if e.code not in (301, 302, 303, 307, 308):
@@ -616,7 +616,7 @@ def download(url, target):
             digest.update(block)
     if sha and digest.hexdigest() != sha:
         part.unlink()
-        raise OSError(f"sha256 is {digest.hexdigest()[:12]}..., wanted {sha[:12]}...; the file was thrown away, run again")
+        raise OSError(f"sha256 is {digest.hexdigest()[:12]}..., wanted {sha[:12]}...; thrown away, run again")
     if not sha:
         print(f"note: the server states no sha256 for {target.name}; only its size was checked")
     os.replace(part, target)

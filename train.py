@@ -273,7 +273,9 @@ def announce(run, reason, compiled):
     what = f"groups of {c.n_pos} + {c.n_neg}" if c.objective == "cp" else "documents"
     print(f"model        {c.init_from}: {run.model.num_parameters() / 1e6:.1f} M parameters, {run.model.config}")
     print(f"device       {run.model.device}, products in {str(run.dtype)[6:]}: {reason}; torch.compile {compiled}")
-    print(f"steps        {c.max_steps} of {c.batch_size} x {c.grad_accum} {what}, about {tokens:,.0f} scored tokens each")
+    print(
+        f"steps        {c.max_steps} of {c.batch_size} x {c.grad_accum} {what}, some {tokens:,.0f} scored tokens each"
+    )
     print("settings     " + ", ".join(f"{k}={v}" for k, v in changed(c).items()) + " (all others: defaults)\n")
 
 
@@ -302,7 +304,8 @@ def fit(run):
         while True:
             # ---- measure: at the first step, now and then, and at the last
             step, last = run.step, run.step == config.max_steps
-            if step == 0 or last or (config.eval_interval and step % config.eval_interval == 0):
+            due = step == 0 or last or (config.eval_interval and step % config.eval_interval == 0)
+            if due:
                 cost, m = (base_cost, base_measures) if step == 0 else validate(run, model)
                 cost = evaluation.cost(m, base_measures) if config.objective == "cp" else cost
                 log.write(step=step, split="val", cost=cost, **m)
@@ -310,8 +313,9 @@ def fit(run):
                 if step and (run.best is None or cost < run.best["cost"]):
                     run.best = {"cost": cost, "step": step}
                     save(run, "best.pt", measures=m)
-            if last or stop or step % max(1, config.eval_interval) == 0:
-                save(run, "last.pt", **{k: getattr(run, k).state_dict() for k in ("optimizer", "scaler")}, best=run.best)
+            if due or stop:
+                state = {"optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict()}
+                save(run, "last.pt", best=run.best, **state)
             if last or stop:
                 return last
 
@@ -343,7 +347,7 @@ def fit(run):
             # ---- log
             tokens = sum(b.tokens for b in micro)
             run.tokens, run.seconds = run.tokens + tokens, run.seconds + time.perf_counter() - start
-            log.write(step=step, split="train", **record, grad_norm=norm, lr=learning_rate(step, config), tokens=tokens)
+            log.write(step=step, split="train", **record, grad_norm=norm, lr=group["lr"], tokens=tokens)
             shown = {k: f"{record[k]:.3f}" for k in ("loss", "nll", "signed_gap") if k in record}
             bar.set_postfix(shown | {"tok/s": f"{run.tokens / run.seconds:,.0f}"}, refresh=False)
             bar.update()
@@ -353,8 +357,8 @@ def fit(run):
 def stop_unless_finite(what, value, run, micro):
     if not math.isfinite(value):
         raise FloatingPointError(
-            f"{what} is {value} at step {run.step}, in {', '.join(i for b in micro for i in b.ids)}. The last checkpoint, "
-            f"{run.out / 'last.pt'}, is from before: look at these sentences, or try a smaller --lr and --resume"
+            f"{what} is {value} at step {run.step}, in {', '.join(i for b in micro for i in b.ids)}. The last "
+            f"checkpoint, {run.out / 'last.pt'}, is from before: look at these sentences, or try a smaller --lr and --resume"
         )
 
 
@@ -364,7 +368,7 @@ def progress(step, cost, m):
         return f"step {step:5d} | validation nll {m['val_nll']:.4f}, perplexity {math.exp(m['val_nll']):.2f}"
     return (
         f"step {step:5d} | toxic {m['toxicity_fraction']:.0%} free, {m['toxicity_fraction_prompted']:.0%} prompted | "
-        f"ppl {m['ppl_positive']:.2f} positives, {m['ppl_negative']:.2f} negatives, {m['sample_ppl_base']:.2f} samples | "
+        f"ppl {m['ppl_positive']:.2f} positives {m['ppl_negative']:.2f} negatives {m['sample_ppl_base']:.2f} samples | "
         f"gap {m['signed_gap']:+.2f} | dist-2 {m['dist_2']:.2f} | cost {cost:.3f}"
     )
 
@@ -427,8 +431,8 @@ def close(run, began):
             args = (run.test, run.tokenizer, run.scorer, c, evaluation.CLOSING, c.seed + 1)  # not validation's noise
             with run.amp():
                 columns[title], shown[title] = evaluation.evaluate(model, judge, *args)
-    print(f"\nbase: {c.init_from}; tuned: {run.out / 'best.pt'}, step {run.best['step']} of {c.max_steps}; on {len(run.test)} test")
-    print(f"groups and {evaluation.CLOSING} samples of each kind; toxic: {c.scorer} > 0.5\n")
+    print(f"\nbase: {c.init_from} | tuned: {run.out / 'best.pt'}, step {run.best['step']} of {c.max_steps}")
+    print(f"{len(run.test)} test groups, {evaluation.CLOSING} samples of each kind; toxic: {c.scorer} > 0.5\n")
     print(evaluation.table(columns))
     print(evaluation.samples(shown))
 
@@ -442,9 +446,10 @@ def close(run, began):
     speed = run.tokens / run.seconds if run.seconds else None
     versions = dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
     summary = columns | dict(warnings=warnings, best_step=run.best["step"], config=asdict(c), tokens_per_second=speed)
-    summary |= dict(seconds=time.time() - began, device=str(run.model.device), dtype=str(run.dtype)[6:], versions=versions)
+    summary |= dict(device=str(run.model.device), dtype=str(run.dtype)[6:], versions=versions)
+    summary["seconds"] = seconds = time.time() - began
     atomic_write(run.out / "summary.json", lambda f: f.write((json.dumps(summary, indent=2) + "\n").encode()))
-    print(f"\n{summary['seconds']:.0f} s in all" + (f", {speed:,.0f} scored tokens per second of training" if speed else ""))
+    print(f"\n{seconds:.0f} s in all" + (f", {speed:,.0f} scored tokens per second of training" if speed else ""))
     print("written: " + ", ".join(str(run.out / name) for name in WRITTEN))
     return summary
 

@@ -51,7 +51,9 @@ class Config:
     n_pos: int = setting(5, "P, positives drawn per group and step", low=1)
     n_neg: int = setting(5, "N, negatives drawn per group and step", low=1)
     drop_small: bool = setting(False, "leave out groups with fewer than P or N sentences; otherwise they are an error")
-    max_tokens: int = setting(128, "longer sentences lose their end, and are counted; start and end token included", low=3)
+    max_tokens: int = setting(
+        128, "longer sentences lose their end and are counted; start and end token included", low=3
+    )
 
     # the objective: cp_weight * CP + nll_weight * NLL + kl_weight * KL for 'cp', next-token loss for 'lm'
     objective: str = setting("cp", "cp: contrastive perplexity; lm: language modelling", among=("cp", "lm"))
@@ -78,9 +80,9 @@ class Config:
     grad_clip: float = setting(1.0, "largest gradient norm; 0 disables", low=0)
 
     # measuring
-    eval_interval: int = setting(50, "steps between validations; 0: only before the first and after the last step", low=0)
+    eval_interval: int = setting(50, "steps between validations; 0: only at the first and the last step", low=0)
     eval_groups: int = setting(40, "groups (cp) or documents (lm) that a validation scores", low=1)
-    eval_samples: int = setting(100, "samples of each kind (free, prompted) per validation; the closing table has 2.5x", low=25)
+    eval_samples: int = setting(100, "samples of each kind, free and prompted, per validation", low=25)
     sample_tokens: int = setting(30, "longest sample, tokens", low=1)
     temperature: float = setting(1.0, "of samples; 0 is greedy", low=0)
     top_p: float = setting(0.9, "nucleus of samples; 1 keeps all", above=0, high=1)
@@ -116,9 +118,8 @@ def check(f, value):
         raise ValueError(f"{f.name} wants {what}, got {original!r}")
     if m["among"] and value not in m["among"]:
         near = difflib.get_close_matches(str(value), m["among"], 1)
-        raise ValueError(
-            f"{f.name} wants one of {', '.join(m['among'])}, got {value!r}" + (f": did you mean {near[0]}?" if near else "")
-        )
+        hint = f": did you mean {near[0]}?" if near else ""
+        raise ValueError(f"{f.name} wants one of {', '.join(m['among'])}, got {value!r}{hint}")
     if wanted in (int, float):
         for ok, rule in (
             (math.isfinite(value), "a finite number"),
@@ -168,22 +169,26 @@ def load_config(argv=None, description=None):
     Exits with one line on bad input, as argparse does; `--help` prints every setting.
     """
     parser = argparse.ArgumentParser(
-        description=description, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        usage="%(prog)s [config.py] [--setting=value ...]",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", help="a config file, for instance configs/toy_cp.py")
     for f in fields(Config):
         bare = dict(nargs="?", const="true") if f.type is bool else {}
         among = f" [{', '.join(f.metadata['among'])}]" if f.metadata["among"] else ""
         remark = f"{f.metadata['remark']}{among} (default: {f.default})".replace("%", "%%")
-        parser.add_argument(f"--{f.name}", metavar="", default=argparse.SUPPRESS, help=remark, **bare)
+        bare["metavar"] = f.type.__name__.upper()
+        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=remark, **bare)
     args, rest = parser.parse_known_args(argv)
     flags = vars(args)
     path = flags.pop("config")
     try:
         for word in rest:
-            raise unknown(word.lstrip("-").split("=")[0]) if word.startswith("--") else ValueError(
-                f"{word!r} is neither a setting nor the one config file"
-            )
+            if word.startswith("--"):
+                raise unknown(word[2:].split("=")[0])
+            raise ValueError(f"{word!r} is neither a setting nor the one config file")
         return Config(**((read_config_file(path) if path else {}) | flags))
     except (ValueError, FileNotFoundError) as e:
         parser.exit(2, f"{parser.prog}: {e}\n")

@@ -286,7 +286,8 @@ def get_scorer(name):
             raise ValueError(f"scorer {name!r} gave values of shape {values.shape} for {len(texts)} texts")
         bad = ~((values >= 0) & (values <= 1))
         if bad.any():
-            raise ValueError(f"scorer {name!r} gave {values[bad][0]} for {list(texts)[int(bad.argmax())]!r}, wanted [0, 1]")
+            text = list(texts)[int(bad.argmax())]
+            raise ValueError(f"scorer {name!r} gave {values[bad][0]} for {text!r}, wanted a number in [0, 1]")
         return values
 
     return checked

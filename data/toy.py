@@ -88,7 +88,7 @@ RUDE_END = (
 STARTS = ("", "It seems that ", "I heard that ", "By the way, ")
 TEMPLATES = ("{s}this {d} {n} {p} {a} {w}{e}.", "{s}{p}, the {d} {n}, {a} {w}{e}.", "{w}, this {d} {n} {p} {a}{e}.")
 RUDE_WORDS = frozenset(RUDE + RUDE_NOUN + ["shut", "hell", "hate"])
-# Pieces of text that may be a token: what stands between a prompt's sentences, a word or a mark with the blank before it.
+# What may be one token: the text between a prompt's sentences, a word, or a mark, the last two with a blank before.
 PROMPT_PARTS = {part for prompt in (HARMLESS_PROMPT, TOXIC_PROMPT) for part in re.split(r"\{\w+\}", prompt)}
 PIECES = "|".join(map(re.escape, sorted(PROMPT_PARTS, key=len, reverse=True))) + r"| ?[A-Za-z]+| ?[^\sA-Za-z]|\s"
 
@@ -200,6 +200,4 @@ def tokenizer():
     ranks = {bytes([i]): i for i in range(256)}
     for piece in sorted(p for p in pieces if len(p) > 1):
         ranks[piece] = len(ranks)
-    return tiktoken.Encoding(
-        "toy", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)}
-    )
+    return tiktoken.Encoding("toy", pat_str=PIECES, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": len(ranks)})

@@ -140,7 +140,19 @@ def test_context_is_respected():
         net(torch.zeros(1, 25, dtype=torch.long))
 
 
+def test_initialisation():
+    """GPT-2's: 0.02, residual projections 0.02 / sqrt(2 * layers), zero biases: training from scratch relies on it."""
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(vocab_size=500, n_positions=64, n_embd=128, n_layer=8, n_head=2))
+    for name, p in net.named_parameters():
+        if p.dim() == 2:
+            assert p.std().item() == pytest.approx(0.005 if name.endswith("c_proj.weight") else 0.02, rel=0.05), name
+        else:
+            assert torch.equal(p, torch.zeros_like(p) if name.endswith("bias") else torch.ones_like(p)), name
+
+
 def test_impossible_heads():
+    """Heads of unequal width do not exist: refused with both numbers."""
     with pytest.raises(ValueError, match="n_embd=16.*n_head=3"):
         GPT(GPTConfig(n_embd=16, n_head=3))
 

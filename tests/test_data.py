@@ -1,0 +1,710 @@
+"""data: readers and their errors, framing and padding, batches as pure functions, scorers, and the toy world."""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+
+import data
+from data import WIDTH, Batches, Group, enough, frame, get_scorer, load_documents, load_groups, pad, read_groups, toy
+
+CACHE = Path(__file__).parents[2] / "shared" / "tiktoken_cache"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return data.get_tokenizer("toy")
+
+
+@pytest.fixture
+def write(tmp_path):
+    """Writes a file and returns its path: text as it is, a list of records as JSON lines or, for .json, one array."""
+
+    def to(content, name="groups.jsonl"):
+        if not isinstance(content, str):
+            lines = [json.dumps(record) for record in content]
+            content = "[" + ",\n".join(lines) + "]" if name.endswith(".json") else "\n".join(lines) + "\n"
+        (tmp_path / name).write_text(content, encoding="utf-8")
+        return tmp_path / name
+
+    return to
+
+
+def record(i, **more):
+    """A group in our format; record(i, id=...) changes a field, record(i, split=None) leaves it out."""
+    base = dict(id=f"g{i}", input=f"in {i}", positives=[f"kind {i}"], negatives=[f"rude {i}"], split="train")
+    return {k: v for k, v in (base | more).items() if v is not None}
+
+
+def release(i, **more):
+    """A group in the paper's released format."""
+    return dict(input=f"in {i}", paraphrases=[f"kind {i}"], paraphrases_toxic=[f"rude {i}"]) | more
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# groups from files
+
+
+def test_our_format(write):
+    """Every field arrives, in the file's order; optional fields and blank lines are ignored; ids may be numbers."""
+    first = record(0, positives=["a", "b"], negatives=["c", "d", "e"], split="test", domain="office", scores=[0.1])
+    path = write("\n" + json.dumps(first) + "\n\n  \n" + json.dumps(record(1, id=7, split="val")))
+    assert read_groups(path) == [
+        Group("g0", "in 0", ["a", "b"], ["c", "d", "e"], "test"),
+        Group("7", "in 1", ["kind 1"], ["rude 1"], "val"),
+    ]
+    assert read_groups(str(path)) == read_groups(path)
+
+
+def test_released_format(write):
+    """One JSON array; paraphrases as lists or as {text: score} mappings, whose keys count, in their order."""
+    scored = release(1, paraphrases={"b": 0.1, "a": 0.2}, paraphrases_toxic={"d": 0.9, "c": 0.8}, other={"x": 1})
+    path = write([release(0), scored], "release.json")
+    assert [(g.input, g.positives, g.negatives) for g in read_groups(path)] == [
+        ("in 0", ["kind 0"], ["rude 0"]),
+        ("in 1", ["b", "a"], ["d", "c"]),
+    ]
+
+
+def test_the_content_decides_not_the_ending(write):
+    """Our format in a .json file, the release's in a .jsonl one, and with blanks before the bracket."""
+    ours = json.dumps(record(0))
+    assert read_groups(write(ours + "\n", "ours.json"))[0].id == "g0"
+    assert read_groups(write("\n [" + json.dumps(release(0)) + "]", "release.jsonl"))[0].positives == ["kind 0"]
+
+
+def test_text_beyond_ascii(write):
+    """UTF-8 in, UTF-8 out, escaped or not."""
+    for ascii_only in (True, False):
+        text = json.dumps(record(0, input="Zürich 你好 🙂"), ensure_ascii=ascii_only)
+        assert read_groups(write(text))[0].input == "Zürich 你好 🙂"
+
+
+@pytest.mark.parametrize("name", ["ours.jsonl", "release.json"])
+def test_ids_and_splits_are_filled_in(write, name):
+    """Without ids the position counts, without splits a hash of the input alone. 40 are pinned.
+
+    (Python's own hash() would change from process to process.) 1000 inputs split 70 / 10 / 20 %, here within 3 points.
+    """
+    make = release if name.endswith(".json") else lambda i: record(i, id=None, split=None)
+    path = write([make(i) for i in range(1000)], name)
+    groups = read_groups(path)
+    assert [g.id for g in groups] == [str(i) for i in range(1, 1001)]
+    pinned = dict.fromkeys((14, 15, 22, 29, 37), "val") | dict.fromkeys((3, 7, 16, 18, 21, 39), "test")
+    assert [g.split for g in groups[:40]] == [pinned.get(i, "train") for i in range(40)]
+    assert groups == read_groups(path)
+    for split, share in (("train", 700), ("val", 100), ("test", 200)):
+        assert abs(sum(g.split == split for g in groups) - share) <= 30
+    turned = read_groups(write([make(i) for i in reversed(range(1000))], name))
+    assert {g.input: g.split for g in turned} == {g.input: g.split for g in groups}
+
+
+def test_given_splits_and_ids_are_kept_in_the_released_format(write):
+    """They are not part of that format, but if they are there they count."""
+    groups = read_groups(write([release(0, id="mine", split="val"), release(1, split="test")], "release.json"))
+    assert [(g.id, g.split) for g in groups] == [("mine", "val"), ("2", "test")]
+
+
+def test_load_groups_by_split(write):
+    """All three splits are there, empty ones too, each in the file's order."""
+    path = write([record(0), record(1, split="test"), record(2)])
+    by_split = load_groups(str(path))
+    assert {k: [g.id for g in v] for k, v in by_split.items()} == {"train": ["g0", "g2"], "val": [], "test": ["g1"]}
+
+
+BAD_RECORDS = {
+    "not an object": (["a sentence"], "wanted a JSON object, got list"),
+    "a number": (5, "wanted a JSON object, got int"),
+    "no input": (record(1, input=None), "field 'input' is missing"),
+    "no positives": (record(1, positives=None), "field 'positives' is missing"),
+    "no negatives": (record(1, negatives=None), "field 'negatives' is missing"),
+    "input empty": (record(1, input=""), "'input' must be a sentence, got ''"),
+    "input blank": (record(1, input=" \n"), r"'input' must be a sentence, got ' \n'"),
+    "input no text": (record(1, input=3), "'input' must be a sentence, got 3"),
+    "sentence empty": (record(1, positives=["a", ""]), "'positives' holds '', wanted a sentence"),
+    "sentence blank": (record(1, negatives=["  "]), "'negatives' holds '  ', wanted a sentence"),
+    "sentence no text": (record(1, negatives=["a", 7]), "'negatives' holds 7, wanted a sentence"),
+    "list empty": (record(1, positives=[]), "'positives' must be a list of sentences, got []"),
+    "list is text": (record(1, negatives="rude"), "'negatives' must be a list of sentences, got 'rude'"),
+    "list is a mapping": (record(1, positives={"a": 1}), "'positives' must be a list of sentences, got {'a': 1}"),
+    "id twice": (record(1, id="g0"), "id 'g0' appears twice"),
+    "unknown split": (record(1, split="dev"), "split must be one of train, val, test, got 'dev'"),
+    "split no text": (record(1, split=["train"]), "split must be one of train, val, test, got ['train']"),
+    "two splits": (record(1, input="in 0", split="val"), "the input of 'g1' is also in split 'train'"),
+    "both tones": (record(1, negatives=["x", "kind 1"]), "'kind 1' is both harmless and toxic"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RECORDS)
+def test_bad_records(write, case):
+    """A bad second record: the error names file and line (a blank line before counts), or file and item of an array."""
+    bad, says = BAD_RECORDS[case]
+    path = write(json.dumps(record(0)) + "\n\n" + json.dumps(bad) + "\n")
+    with pytest.raises(ValueError) as e:
+        read_groups(path)
+    assert str(e.value) == f"{path}:3: {says}"
+    path = write([record(0), bad], "array.json")
+    with pytest.raises(ValueError) as e:
+        read_groups(path)
+    assert str(e.value) == f"{path}, item 2: {says}"
+
+
+BAD_RELEASES = {
+    "no toxic ones": (dict(input="x", paraphrases=["a"]), "field 'paraphrases_toxic' is missing"),
+    "list empty": (release(1, paraphrases=[]), "'paraphrases' must be a list of sentences, got []"),
+    "mapping empty": (release(1, paraphrases_toxic={}), "'paraphrases_toxic' must be a list of sentences, got {}"),
+    "sentence empty": (release(1, paraphrases={"": 1}), "'paraphrases' holds '', wanted a sentence"),
+    "both tones": (release(1, paraphrases_toxic={"kind 1": 1}), "'kind 1' is both harmless and toxic"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_RELEASES)
+def test_bad_records_of_the_release(write, case):
+    """The same checks there, in the names of that format."""
+    bad, says = BAD_RELEASES[case]
+    path = write([release(0), bad], "release.json")
+    with pytest.raises(ValueError) as e:
+        read_groups(path)
+    assert str(e.value) == f"{path}, item 2: {says}"
+
+
+def test_not_json(write):
+    """A broken line is named; of a broken array, the file and the parser's place."""
+    path = write(json.dumps(record(0)) + "\n{'id': 1}\n")
+    with pytest.raises(ValueError, match="not JSON") as e:
+        read_groups(path)
+    assert str(e.value).startswith(f"{path}:2: not JSON (")
+    path = write('[{"input": "x",\n}]', "array.json")
+    with pytest.raises(ValueError, match="not a JSON array") as e:
+        read_groups(path)
+    assert str(e.value).startswith(f"{path}: not a JSON array (") and "line 2" in str(e.value)
+
+
+@pytest.mark.parametrize("content", ["", "\n \n", "[]"])
+def test_empty_file(write, content):
+    """Nothing in it is an error, not an empty training set."""
+    path = write(content)
+    with pytest.raises(ValueError) as e:
+        read_groups(path)
+    assert str(e.value) == f"{path} holds no groups"
+
+
+def test_missing_file(tmp_path):
+    """A missing file and a folder, with what to do instead."""
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(FileNotFoundError) as e:
+            read_groups(path)
+        assert str(e.value) == f"no group file at {path}: give a .jsonl of groups, or --data=toy"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# documents
+
+
+def test_documents_of_a_text_file(write):
+    """One document a line, stripped, blank lines skipped: of 45, numbers 0, 20 and 40 are held out, 42 remain."""
+    path = write("\n\n".join(f"  line {i} " for i in range(45)), "text.txt")
+    texts, groups = load_documents(str(path), seed=0)
+    assert texts["val"] == ["line 0", "line 20", "line 40"]
+    assert texts["train"] == [f"line {i}" for i in range(45) if i not in (0, 20, 40)]
+    assert groups == {"train": [], "val": [], "test": []}
+
+
+def test_documents_of_a_short_or_missing_text_file(write, tmp_path):
+    """Nineteen lines are too few to hold any out, twenty are enough; both errors name the file."""
+    path = write("\n".join(["a line"] * 19) + "\n\n", "short.txt")
+    with pytest.raises(ValueError) as e:
+        load_documents(str(path), seed=0)
+    assert str(e.value).startswith(f"{path}: 19 lines with text, wanted at least 20")
+    texts, _ = load_documents(str(write("a line\n" * 20, "enough.txt")), seed=0)
+    assert (len(texts["train"]), len(texts["val"])) == (19, 1)
+    with pytest.raises(FileNotFoundError, match=f"no text file at {tmp_path / 'none.txt'}"):
+        load_documents(str(tmp_path / "none.txt"), seed=0)
+
+
+@pytest.mark.parametrize("name", ["groups.jsonl", "groups.json"])
+def test_documents_of_a_group_file(write, name):
+    """Inputs, positives and negatives of train and val, and the groups; nothing of test."""
+    records = [record(0, positives=["a", "b"]), record(1, split="val"), record(2, split="test"), record(3)]
+    texts, groups = load_documents(str(write(records, name)), seed=0)
+    assert texts == {
+        "train": ["in 0", "a", "b", "rude 0", "in 3", "kind 3", "rude 3"],
+        "val": ["in 1", "kind 1", "rude 1"],
+    }
+    assert {k: [g.id for g in v] for k, v in groups.items()} == {"train": ["g0", "g3"], "val": ["g1"], "test": ["g2"]}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# tokens
+
+
+def test_frame(tokenizer):
+    """The end-of-text token before and after, the text's own ids between."""
+    text = "Anna burned the toast."
+    ids, eot = tokenizer.encode_ordinary(text), tokenizer.eot_token
+    assert frame(text, tokenizer, 100) == [eot, *ids, eot]
+    assert eot == tokenizer.n_vocab - 1 and tokenizer.decode(ids) == text
+
+
+def test_frame_takes_special_names_for_text(tokenizer):
+    """A sentence that spells '<|endoftext|>' is neither an error (tiktoken's encode) nor an end token."""
+    text = "so <|endoftext|> it goes"
+    ids = frame(text, tokenizer, 100)
+    assert tokenizer.eot_token not in ids[1:-1] and tokenizer.decode(ids[1:-1]) == text
+
+
+def test_frame_cuts_the_end(tokenizer):
+    """n text tokens need n + 2: one fewer loses the end token, not the start; a cut text never gets one."""
+    text = "one two three four"
+    ids, eot = tokenizer.encode_ordinary(text), tokenizer.eot_token
+    n = len(ids)
+    assert frame(text, tokenizer, n + 2) == [eot, *ids, eot]
+    assert frame(text, tokenizer, n + 1) == [eot, *ids]
+    assert frame(text, tokenizer, n) == [eot, *ids[:-1]]
+    assert frame(text, tokenizer, 3) == [eot, *ids[:2]]
+
+
+def test_frame_refuses_empty_text(tokenizer):
+    """It would be scored on the end token alone."""
+    with pytest.raises(ValueError, match="empty text has no score"):
+        frame("", tokenizer, 100)
+
+
+def test_pad_by_hand():
+    """Longest of 4 tokens: 3 are read, so 8 + 1 columns. The text to the left, zeros after it, lengths beside it."""
+    idx, lengths = pad([[5, 6, 7, 8], [9, 4]])
+    assert idx.tolist() == [[5, 6, 7, 8, 0, 0, 0, 0, 0], [9, 4, 0, 0, 0, 0, 0, 0, 0]]
+    assert lengths.tolist() == [4, 2]
+    assert idx.dtype == lengths.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("longest", "columns"), [(2, 9), (WIDTH, 9), (WIDTH + 1, 9), (WIDTH + 2, 17), (2 * WIDTH + 1, 17), (100, 105)]
+)
+def test_pad_widths(longest, columns):
+    """Columns are the next multiple of WIDTH = 8, plus one; a sequence that fits exactly gets no padding."""
+    idx, lengths = pad([[1, 2], list(range(longest))])
+    assert idx.shape == (2, columns) and lengths.tolist() == [2, longest]
+    assert idx[1, :longest].tolist() == list(range(longest)) and not idx[1, longest:].any()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# batches
+
+SIDES = (4, 6)  # sentences on either side of a test group
+
+
+def some_groups(n=12):
+    """Groups whose sentences say whose they are: 'kind 3 1' is sentence 1 of group g3, of different lengths."""
+    kind, rude = (
+        [f"{word} {{i}} {j}" + " more" * j for j in range(k)] for word, k in zip(("kind", "rude"), SIDES, strict=True)
+    )
+    return [
+        Group(f"g{i}", f"in {i}", [t.format(i=i) for t in kind], [t.format(i=i) for t in rude], "train")
+        for i in range(n)
+    ]
+
+
+DOCUMENTS = [f"document {i}" + " more" * (i % 5) for i in range(12)]
+
+
+@pytest.fixture
+def batches(tokenizer):
+    """Makes Batches of groups (P = 2, N = 3) or of documents."""
+
+    def make(batch_size=4, seed=0, kind="groups", max_tokens=100, n_pos=2, n_neg=3):
+        if kind == "documents":
+            return Batches(DOCUMENTS, tokenizer, batch_size, seed, max_tokens)
+        return Batches(some_groups(), tokenizer, batch_size, seed, max_tokens, n_pos, n_neg)
+
+    return make
+
+
+def rows(batch):
+    """A batch's token lists without their padding."""
+    return [row[:n].tolist() for row, n in zip(batch.idx, batch.lengths.tolist(), strict=True)]
+
+
+def texts(batch, tokenizer):
+    """What its rows say."""
+    return [tokenizer.decode(row[1:-1]) for row in rows(batch)]
+
+
+@pytest.mark.parametrize("kind", ["groups", "documents"])
+def test_batches_are_a_pure_function(batches, kind):
+    """batches[i] is the same read twice, after others of other epochs, in any order, and from another object.
+
+    A run resumes by its step alone because of this.
+    """
+    one = batches(batch_size=5, kind=kind)
+    want = [(b.ids, rows(b)) for b in (one[i] for i in range(9))]
+    for i in (8, 0, 4, 4, 2, 7):
+        assert (one[i].ids, rows(one[i])) == want[i]
+        fresh = batches(batch_size=5, kind=kind)[i]
+        assert (fresh.ids, rows(fresh)) == want[i]
+
+
+@pytest.mark.parametrize("kind", ["groups", "documents"])
+@pytest.mark.parametrize("batch_size", [4, 5, 12])
+def test_every_item_once_per_epoch(batches, kind, batch_size):
+    """Each 12 items in a row are all 12, also where a batch spans two epochs, each time in another order."""
+    b = batches(batch_size=batch_size, kind=kind)
+    ids = [x for i in range(60 // batch_size) for x in b[i].ids]
+    epochs = [ids[k : k + 12] for k in range(0, 60, 12)]
+    assert all(len(set(epoch)) == 12 for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+
+
+def test_rows_of_groups(batches, tokenizer):
+    """Group by group, P positives first: framed, of that group, of the right side, none drawn twice."""
+    b = batches()
+    for i in range(9):
+        batch = b[i]
+        said = texts(batch, tokenizer)
+        assert len(said) == 4 * 5 and batch.weight == 4
+        for g, name in enumerate(batch.ids):
+            own = said[5 * g : 5 * g + 5]
+            assert [t.split()[0] for t in own] == ["kind"] * 2 + ["rude"] * 3
+            assert {"g" + t.split()[1] for t in own} == {name} and len(set(own)) == 5
+        assert all(row[0] == row[-1] == tokenizer.eot_token for row in rows(batch))
+
+
+def test_draws_reach_every_sentence(batches, tokenizer):
+    """Over 40 epochs each of the 4 + 6 sentences of each group is drawn; a fair one is missed by odds below 10^-8.
+
+    And the draws of a group differ from epoch to epoch.
+    """
+    b, seen = batches(batch_size=12), {}
+    for i in range(40):
+        for t in texts(b[i], tokenizer):
+            seen[t] = seen.get(t, 0) + 1
+    assert len(seen) == 12 * sum(SIDES)
+    counts = np.array([n for t, n in seen.items() if t.startswith("kind")])
+    assert counts.mean() == 20 and counts.min() >= 5 and counts.max() <= 35  # 40 draws of 2 in 4
+
+
+def test_all_sentences_of_a_side_can_be_drawn(batches, tokenizer):
+    """P and N as large as the sides: each draw is a reordering of all of them."""
+    batch = batches(batch_size=1, n_pos=4, n_neg=6)[0]
+    said = texts(batch, tokenizer)
+    assert sorted(t.split()[2] for t in said[:4]) == list("0123") and sorted(t.split()[2] for t in said[4:]) == list(
+        "012345"
+    )
+
+
+def test_rows_of_documents(batches, tokenizer):
+    """Document k is called 'document k'; the rows are the documents themselves, framed."""
+    b = batches(kind="documents")
+    for i in range(4):
+        want = [DOCUMENTS[int(name.split()[1])] for name in b[i].ids]
+        assert texts(b[i], tokenizer) == want
+
+
+@pytest.mark.parametrize("kind", ["groups", "documents"])
+def test_micro_batches_hold_what_one_batch_holds(batches, kind):
+    """Two batches of 3, or six of 1, hold the same rows in the same order as one of 6: --grad_accum changes no data."""
+    whole = batches(batch_size=6, kind=kind)
+    for k in (2, 6):
+        parts = batches(batch_size=6 // k, kind=kind)
+        for i in range(5):
+            micro = [parts[i * k + j] for j in range(k)]
+            assert [x for m in micro for x in m.ids] == whole[i].ids
+            assert [row for m in micro for row in rows(m)] == rows(whole[i])
+            assert sum(m.weight for m in micro) == whole[i].weight
+            assert sum(m.tokens for m in micro) == whole[i].tokens
+
+
+@pytest.mark.parametrize("kind", ["groups", "documents"])
+def test_another_seed_is_another_order(batches, kind):
+    """The seed decides the order of items; DPO's reference code declares one that does nothing."""
+    one, other = ([x for i in range(3) for x in batches(seed=s, kind=kind)[i].ids] for s in (0, 1))
+    assert sorted(one) == sorted(other) and one != other
+
+
+def test_another_seed_draws_other_sentences(batches, tokenizer):
+    """And which sentences are drawn: the first epoch's 24 positives are not the same set (odds 6^-12)."""
+    one, other = ({t for t in texts(batches(12, seed=s)[0], tokenizer) if t.startswith("kind")} for s in (0, 1))
+    assert len(one) == len(other) == 24 and one != other
+
+
+def test_weight_and_tokens(batches):
+    """tokens are the scored ones, all but the first of each row; a batch weighs its groups, or its scored tokens."""
+    groups, documents = batches()[0], batches(kind="documents")[0]
+    for batch in (groups, documents):
+        assert batch.tokens == sum(len(row) - 1 for row in rows(batch))
+    assert groups.weight == 4 and documents.weight == documents.tokens
+
+
+def test_truncated_counts_cut_sentences(batches, tokenizer):
+    """The longest rude sentence has the most tokens: at one less than it needs, it alone is cut, in each group."""
+    longest = max(len(frame(t, tokenizer, 100)) for g in some_groups(10) for t in g.negatives)
+    assert batches(max_tokens=100).truncated == 0
+    b = Batches(some_groups(10), tokenizer, 2, 0, longest - 1, 2, 3)
+    assert b.truncated == 10
+    b = Batches(some_groups(10), tokenizer, 2, 0, 3, 2, 3)
+    assert b.truncated == 10 * sum(SIDES) and b[0].lengths.tolist() == [3] * 10
+
+
+def test_padding(batches, tokenizer):
+    """The share of positions that hold no scored token: counted here for 3 batches, and by hand for one of 3 documents.
+
+    Documents of 1, 1 and 6 tokens have 2, 2 and 7 scored ones in rows of 8: 1 - 11 / 24.
+    """
+    b = batches()
+    scored = sum(len(row) - 1 for i in range(3) for row in rows(b[i]))
+    positions = sum(b[i].idx.size(0) * (b[i].idx.size(1) - 1) for i in range(3))
+    assert b.padding(3) == pytest.approx(1 - scored / positions) and 0 < b.padding() < 1
+    by_hand = Batches([".", "!", "." * 6], tokenizer, 3, 0, 100)
+    assert by_hand.padding(2) == pytest.approx(1 - 11 / 24)
+    assert Batches(["." * 7], tokenizer, 1, 0, 100).padding(1) == 0
+
+
+@pytest.mark.parametrize(("n", "batch_size"), [(3, 4), (0, 1)])
+def test_batch_larger_than_the_data(tokenizer, n, batch_size):
+    """An error that names both numbers, for groups and documents; no endless search, no repeats within a batch."""
+    for items, sizes in ((some_groups(n), (2, 3)), (DOCUMENTS[:n], ())):
+        with pytest.raises(ValueError, match=f"batch_size={batch_size}, but there are only {n} training items"):
+            Batches(items, tokenizer, batch_size, 0, 100, *sizes)
+
+
+def test_enough():
+    """Groups of at least P and N sentences stay. A smaller one is named with its counts, or left out and counted."""
+    full, few_pos, few_neg = some_groups(3)
+    few_pos.positives, few_neg.negatives = few_pos.positives[:1], few_neg.negatives[:2]
+    groups = [full, few_pos, few_neg]
+    assert enough(groups, 1, 2, drop=False) == (groups, 0)
+    assert enough([full], 4, 6, drop=False) == ([full], 0)
+    with pytest.raises(ValueError) as e:
+        enough(groups, 2, 3, drop=False)
+    assert str(e.value).startswith("group 'g1' has 1 positives and 6 negatives, wanted 2 and 3 (2 such groups)")
+    assert "--n_pos" in str(e.value) and "--drop_small" in str(e.value)
+    assert enough(groups, 2, 3, drop=True) == ([full], 2)
+    assert enough(groups, 2, 2, drop=True) == ([full, few_neg], 1)
+    assert enough(groups, 5, 1, drop=True) == ([], 3)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# scorers
+
+
+@pytest.fixture
+def scorer(tmp_path, monkeypatch):
+    """Writes a module with the body of `def score(texts)` into a fresh working folder and returns its scorer's name."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])  # get_scorer adds ''; put the old path back afterwards
+
+    def write(body):
+        name = f"scorer_of_{tmp_path.name}"
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        (tmp_path / f"{name}.py").write_text(f"import numpy as np\n\n\ndef score(texts):\n    return {body}\n")
+        return f"{name}:score"
+
+    return write
+
+
+def test_the_toy_scorer():
+    """data.toy:rudeness is 1.0 for a rude word, whatever its case, and 0.0 else; not for part of a word ('shell')."""
+    score = get_scorer("data.toy:rudeness")
+    got = score(["Anna can go to HELL.", "Anna found a shell.", "", "Shut up, Ben"])
+    assert got.tolist() == [1.0, 0.0, 0.0, 1.0] and score([]).shape == (0,)
+
+
+def test_a_scorer_of_the_working_folder(scorer):
+    """A module that lies where the command is run is found; a list is as good as an array."""
+    score = get_scorer(scorer("[len(t) / 10 for t in texts]"))
+    got = score(["abc", "", "0123456789"])
+    assert isinstance(got, np.ndarray) and got.tolist() == [0.3, 0.0, 1.0]
+    assert score(("ab", "c")).tolist() == [0.2, 0.1]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("rudeness", "scorer 'rudeness': wanted module:function"),
+        ("data.toy:", "scorer 'data.toy:': wanted module:function"),
+        ("", "scorer '': wanted module:function"),
+        ("no_such_module:f", "scorer 'no_such_module:f' cannot be loaded: No module named 'no_such_module'"),
+        ("data.toy:rude", "scorer 'data.toy:rude' cannot be loaded: module 'data.toy' has no attribute 'rude'"),
+    ],
+)
+def test_scorers_that_cannot_be_loaded(monkeypatch, name, says):
+    """Bad name, missing module, missing function: a ValueError when it is chosen, not after an hour of training."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(ValueError) as e:
+        get_scorer(name)
+    assert str(e.value).startswith(says)
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        ("[0.5]", "gave values of shape (1,) for 3 texts"),
+        ("[[0.5], [0.5], [0.5]]", "gave values of shape (3, 1) for 3 texts"),
+        ("0.5", "gave values of shape () for 3 texts"),
+        ("[0.1, float('nan'), 0.3]", "gave nan for 'two'"),
+        ("[0.1, None, 0.3]", "gave nan for 'two'"),
+        ("[0.1, 0.2, 1.01]", "gave 1.01 for 'three'"),
+        ("np.array([-0.01, 0.2, 7.0])", "gave -0.01 for 'one'"),
+        ("[0.1, float('inf'), 0.3]", "gave inf for 'two'"),
+    ],
+)
+def test_bad_scores(scorer, body, says):
+    """A wrong count, a missing value or one outside [0, 1] is an error with the text it is about, never a 0."""
+    score = get_scorer(scorer(body))
+    with pytest.raises(ValueError) as e:
+        score(["one", "two", "three"])
+    assert says in str(e.value)
+
+
+def test_the_ends_of_the_scale_are_fine(scorer):
+    """0 and 1 themselves, as whole numbers or truth values."""
+    assert get_scorer(scorer("[0, 1, True]"))(["a", "b", "c"]).tolist() == [0.0, 1.0, 1.0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# tokenizers and the toy world
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["Zürich 你好", "a\n\n b\t c  ", " ", "x" * 200, "<|endoftext|>", '"Quote": 3.14 & \x00 \u2028 🙂', "ANNA an"],
+)
+def test_toy_tokenizer_round_trips(tokenizer, text):
+    """Any text survives, words that it never saw as single bytes."""
+    ids = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode(ids) == text and max(ids) < tokenizer.eot_token
+
+
+def test_toy_tokenizer_round_trips_noise(tokenizer):
+    """300 texts of random characters from all of Unicode, surrogates apart."""
+    rng = random.Random(0)
+    for _ in range(300):
+        codes = [rng.randrange(rng.choice((128, 0x250, 0xD800, 0x110000))) for _ in range(rng.randrange(1, 40))]
+        text = "".join(chr(c) for c in codes if not 0xD800 <= c < 0xE000)
+        assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+
+
+def test_toy_words_are_single_tokens(tokenizer):
+    """The world's own sentences take one token a word or mark, the blank before it included."""
+    for group in toy.groups()[:40]:
+        for text in (*group.positives, *group.negatives):
+            assert len(tokenizer.encode_ordinary(text)) == len(re.findall(r"\w+|[^\w\s]", text))
+
+
+def test_gpt2_tokenizer(monkeypatch):
+    """The published ids of 'Hello world', the size, the end token; a special name in a text stays text."""
+    if not CACHE.is_dir():
+        pytest.skip(f"{CACHE} with GPT-2's vocabulary files is not there")
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(CACHE))
+    gpt2 = data.get_tokenizer("gpt2")
+    assert (gpt2.n_vocab, gpt2.eot_token) == (50257, 50256)
+    assert frame("Hello world", gpt2, 100) == [50256, 15496, 995, 50256]
+    ids = gpt2.encode_ordinary("Zürich 你好 <|endoftext|>")
+    assert 50256 not in ids and gpt2.decode(ids) == "Zürich 你好 <|endoftext|>"
+
+
+def test_unknown_tokenizer():
+    """The name and the known ones."""
+    with pytest.raises(ValueError, match="no tokenizer 'gpt5': gpt2 or toy"):
+        data.get_tokenizer("gpt5")
+
+
+def test_tokenizer_without_a_network(monkeypatch):
+    """A failed download says which folder to set, and which config needs none."""
+
+    def fail(name):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    with pytest.raises(ConnectionError, match="gpt2 tokenizer's two files .*TIKTOKEN_CACHE_DIR.*configs/toy_cp.py"):
+        data.get_tokenizer("gpt2")
+
+
+def random_events(n):
+    """n random events of the toy world, as index triples."""
+    rng = np.random.default_rng(7)
+    sizes = [len(table) for table in (toy.PEOPLE, toy.ACTIONS, toy.WHEN)]
+    return [tuple(int(rng.integers(size)) for size in sizes) for _ in range(n)]
+
+
+@pytest.mark.parametrize("tone", ["harmless", "toxic"])
+def test_toy_read_is_the_inverse_of_write(tone):
+    """Of 1500 sentences about random events, each is read back as its event and tone, and the scorer agrees."""
+    rng, events = np.random.default_rng(8), random_events(1500)
+    sentences = [toy.write(event, tone, rng) for event in events]
+    assert [toy.read(s) for s in sentences] == [(event, tone) for event in events]
+    assert set(toy.rudeness(sentences)) == {float(tone == "toxic")}
+
+
+def test_toy_read_of_plain_sentences():
+    """The bare sentences are read as their event, and as harmless."""
+    rng, events = np.random.default_rng(9), random_events(500)
+    assert [toy.read(toy.plain(event, rng)) for event in events] == [(event, "harmless") for event in events]
+
+
+def test_toy_read_refuses_other_text():
+    """None for what the grammar does not write: no sentence, half of one, two of them, shuffled words."""
+    one = toy.write((0, 0, 0), "harmless", np.random.default_rng(0))
+    words = one.split()
+    for text in ("", "Hello.", one[:-1], one + " " + one, " ".join(words[::-1]), one.replace(words[0], "Xyz", 1)):
+        assert toy.read(text) is None, text
+
+
+def test_toy_groups_are_the_same_on_every_call():
+    """Made twice from nothing, past the cache, they are equal; ids are unique, and no sentence appears twice in one."""
+    make = getattr(toy.groups, "__wrapped__", toy.groups)
+    groups = make()
+    assert groups == make() == toy.groups()
+    assert len({g.id for g in groups}) == len(groups)
+    for g in groups:
+        assert len(set(g.positives + g.negatives)) == len(g.positives) + len(g.negatives)
+
+
+def test_toy_groups_hold_one_event_in_both_tones():
+    """Input, positives and negatives tell one event: the first two harmlessly, the last with contempt."""
+    for g in toy.groups():
+        event, tone = toy.read(g.input)
+        assert tone == "harmless"
+        assert {toy.read(s) for s in g.positives} == {(event, "harmless")}
+        assert {toy.read(s) for s in g.negatives} == {(event, "toxic")}
+
+
+def test_no_toy_event_is_in_two_splits():
+    """Groups: no event twice, in one split or in two. Documents: none about another split's groups."""
+    events = {split: [toy.read(g.input)[0] for g in groups] for split, groups in load_groups("toy").items()}
+    flat = [event for split in events.values() for event in split]
+    assert all(events.values()) and len(flat) == len(set(flat))
+    for split in ("train", "val"):
+        read = {found[0] for t in toy.documents(1500, 3, split=split) if (found := toy.read(t))}
+        assert len(read) > 20
+        for other in set(events) - {split}:
+            assert read.isdisjoint(events[other])
+
+
+def test_toy_documents():
+    """The same for the same seed, others for another; both tones, and some in the prompts' format."""
+    one = toy.documents(300, 3)
+    assert one == toy.documents(300, 3) != toy.documents(300, 4) and len(one) == 300
+    assert 0.2 < toy.rudeness(one).mean() < 0.8
+    for prompt in (data.HARMLESS_PROMPT, data.TOXIC_PROMPT):
+        assert sum(prompt.split("{output}")[0].split("{input}")[1] in t for t in one) > 10
+
+
+def test_load_documents_of_the_toy_world():
+    """Training and held-out texts and the groups; the seed decides the texts, not the groups."""
+    texts, groups = load_documents("toy", seed=1)
+    assert len(texts["train"]) > len(texts["val"]) > 0 and groups == load_groups("toy")
+    assert texts["val"] == load_documents("toy", seed=1)[0]["val"]
+
+
+def test_toy_tones_have_comparable_lengths(tokenizer):
+    """Else length alone would tell them apart: mean token counts within a factor 0.75 .. 1.33 of each other."""
+    sides = ([s for g in toy.groups() for s in side(g)] for side in (lambda g: g.positives, lambda g: g.negatives))
+    positive, negative = (np.mean([len(tokenizer.encode_ordinary(s)) for s in side]) for side in sides)
+    assert 0.75 < negative / positive < 1.33

@@ -1,0 +1,434 @@
+"""The loop and the commands: small runs of the real thing, in seconds."""
+
+import json
+import math
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data
+import eval as evaluation
+import train
+from configs import Config, load_config
+from loss import contrastive_perplexity
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+SMALL = "--eval_samples=25 --eval_groups=4 --sample_tokens=12 --batch_size=4".split()
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A toy base of a few seconds: knows the words, not the grammar."""
+    out = tmp_path_factory.mktemp("base")
+    flags = ["--max_steps=30", "--warmup_steps=3", "--n_layer=1", "--n_embd=48", "--n_head=2", f"--out_dir={out}"]
+    train.train(load_config([str(ROOT / "configs/toy_base.py"), "--eval_interval=0", *SMALL, *flags]))
+    return out / "best.pt"
+
+
+@pytest.fixture(autouse=True)
+def quick_closing(monkeypatch):
+    monkeypatch.setattr(evaluation, "CLOSING", 25)
+
+
+def cp_config(base, out, *flags):
+    steps = ["--max_steps=6", "--warmup_steps=1", "--eval_interval=3"]
+    where = [f"--init_from={base}", f"--out_dir={out}"]
+    return load_config([str(ROOT / "configs/toy_cp.py"), *where, *SMALL, *steps, *flags])
+
+
+def state(path):
+    return torch.load(path, weights_only=True)
+
+
+def records(out):
+    return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
+
+
+def assert_same(a, b):
+    assert a.keys() == b.keys()
+    for k in a:
+        assert torch.equal(a[k], b[k]), k
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# one run
+
+
+def test_a_run_writes_what_it_says(base, tmp_path, capsys):
+    summary = train.train(cp_config(base, tmp_path / "run"))
+    out = capsys.readouterr().out
+    for word in (
+        "model ",
+        "device ",
+        "data ",
+        "steps ",
+        "settings ",
+        "base",
+        "tuned",
+        "free samples",
+        "after toxic prompts",
+    ):
+        assert word in out, word
+    for name in train.WRITTEN:
+        assert (tmp_path / "run" / name).is_file() and str(tmp_path / "run" / name) in out
+    assert not list((tmp_path / "run").glob("*.tmp"))
+    for side in ("base", "tuned"):
+        for key, _, _ in evaluation.MEASURES:
+            assert math.isfinite(summary[side][key]), key
+    assert {"config", "seconds", "tokens_per_second", "device", "versions"} <= summary.keys()
+    assert json.loads((tmp_path / "run/summary.json").read_text()) == summary
+    log = records(tmp_path / "run")
+    assert [r["step"] for r in log if r["split"] == "val"] == [0, 3, 6]
+    assert [r["step"] for r in log if r["split"] == "train"] == list(range(6))
+
+
+def test_the_loss_falls_and_the_gap_grows(base, tmp_path):
+    train.train(cp_config(base, tmp_path, "--max_steps=40", "--eval_interval=0", "--lr=5e-3"))
+    log = records(tmp_path)
+    loss = [r["loss"] for r in log if r["split"] == "train"]
+    gap = [r["signed_gap"] for r in log if r["split"] == "val"]
+    assert np.mean(loss[-5:]) < np.mean(loss[:5]) - 0.5
+    assert gap[1] > gap[0] + 0.2
+
+
+def test_same_seed_same_run_other_seed_other_run(base, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        train.train(cp_config(base, tmp_path / name, f"--seed={seed}"))
+    a, b, c = (state(tmp_path / n / "last.pt")["model"] for n in "abc")
+    assert_same(a, b)
+    assert not torch.equal(a["lm_head.weight"], c["lm_head.weight"])
+    assert records(tmp_path / "a") == records(tmp_path / "b")
+
+
+def test_resume_is_exact(base, tmp_path):
+    """2N steps equal N, and N after resuming, bit for bit: weights, optimiser, log. (lr is constant: one schedule.)"""
+    constant = ("--lr=1e-3", "--min_lr=1e-3")
+    train.train(cp_config(base, tmp_path / "whole", *constant))
+    train.train(cp_config(base, tmp_path / "parts", *constant, "--max_steps=3"))
+    train.train(cp_config(base, tmp_path / "parts", *constant, "--resume"))
+    whole, parts = (state(tmp_path / n / "last.pt") for n in ("whole", "parts"))
+    assert_same(whole["model"], parts["model"])
+    for i, s in whole["optimizer"]["state"].items():
+        assert_same(s, parts["optimizer"]["state"][i])
+    assert whole["best"] == parts["best"]
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+def test_ctrl_c_saves_and_resume_ends_as_if_nothing_had_happened(base, tmp_path):
+    """SIGINT to the real command in mid-run; then --resume; against an undisturbed run, with a cosine schedule."""
+    steps = ["--max_steps=60", "--warmup_steps=1", "--eval_interval=30"]
+    command = [sys.executable, "train.py", "configs/toy_cp.py", f"--init_from={base}", *SMALL, *steps]
+    env = os.environ | {"PYTHONUNBUFFERED": "1"}
+    subprocess.run([*command, f"--out_dir={tmp_path / 'whole'}"], cwd=ROOT, check=True, capture_output=True, env=env)
+    parts = tmp_path / "parts"
+    process = subprocess.Popen(
+        [*command, f"--out_dir={parts}"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    deadline = time.time() + 60
+    while time.time() < deadline and not ((parts / "log.jsonl").exists() and len(records(parts)) > 8):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 130 and b"--resume goes on" in out
+    stopped = state(parts / "last.pt")["step"]
+    assert 0 < stopped < 60 and not (parts / "summary.json").exists()
+
+    again = subprocess.run([*command, f"--out_dir={parts}"], cwd=ROOT, capture_output=True, text=True)
+    assert again.returncode == 1 and f"unfinished run at step {stopped}" in again.stderr  # never overwritten unasked
+    subprocess.run([*command, f"--out_dir={parts}", "--resume"], cwd=ROOT, check=True, capture_output=True)
+    assert_same(state(tmp_path / "whole/last.pt")["model"], state(parts / "last.pt")["model"])
+    assert records(tmp_path / "whole") == records(parts)
+
+
+def test_two_half_batches_make_the_same_step_as_a_whole_one(base, tmp_path):
+    """grad_accum: for cp the mean over groups, for lm over all tokens of the step, not of micro-batch means."""
+    for objective in ("cp", "lm"):
+        for name, flags in (("whole", ["--batch_size=4"]), ("parts", ["--batch_size=2", "--grad_accum=2"])):
+            config = ["--max_steps=3", "--eval_interval=0", f"--objective={objective}"]
+            train.train(cp_config(base, tmp_path / objective / name, *flags, *config))
+        a, b = (state(tmp_path / objective / n / "last.pt")["model"] for n in ("whole", "parts"))
+        for k in a:
+            torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=2e-6)
+
+
+def test_objective_is_what_its_parts_say(base, tmp_path):
+    """loss = cp_weight * CP + nll_weight * NLL + kl_weight * KL; the KL of a model from itself is 0."""
+    config = cp_config(base, tmp_path, "--kl_weight=2", "--nll_weight=0.5", "--cp_weight=3")
+    run = train.set_up(config)
+    loss, parts = train.objective(run.model, run.base, run.batches[0], config)
+    assert abs(float(parts["kl"])) < 1e-6
+    torch.testing.assert_close(loss, 3 * parts["cp"] + 0.5 * parts["nll"] + 2 * parts["kl"])
+    phi = run.model.sequence_nll(run.batches[0].idx, run.batches[0].lengths).view(4, 10)
+    torch.testing.assert_close(parts["cp"], contrastive_perplexity(phi[:, :5], phi[:, 5:], tau=config.tau)[0])
+
+
+def test_non_finite_loss_stops_and_names_step_and_groups(base, tmp_path, monkeypatch):
+    real, calls = train.objective, []
+
+    def broken(model, frozen, batch, config):
+        calls.append(batch.ids)
+        loss, parts = real(model, frozen, batch, config)
+        return (loss * math.nan if len(calls) == 5 else loss), parts
+
+    monkeypatch.setattr(train, "objective", broken)
+    with pytest.raises(FloatingPointError) as e:
+        train.train(cp_config(base, tmp_path))
+    assert "loss is nan at step 4" in str(e.value) and calls[4][0] in str(e.value) and "last.pt" in str(e.value)
+    assert state(tmp_path / "last.pt")["step"] == 3
+    assert all(torch.isfinite(v).all() for v in state(tmp_path / "last.pt")["model"].values())
+
+
+def test_checkpoints_hold_plain_types_and_no_compiler_names(base, tmp_path):
+    train.train(cp_config(base, tmp_path))
+    for name in ("best.pt", "last.pt"):
+        saved = state(tmp_path / name)
+        assert not any("_orig_mod" in k for k in saved["model"])
+        assert saved["config"]["seed"] == 0 and saved["tokenizer"] == "toy"
+    model = GPT.from_pretrained(tmp_path / "best.pt")
+    model.save_pretrained(tmp_path / "export")
+    assert_same(GPT.from_pretrained(tmp_path / "export").state_dict(), model.state_dict())
+
+
+def test_learning_rate_schedule():
+    config = Config(init_from="x", lr=1.0, min_lr=0.1, warmup_steps=4, max_steps=14)
+    rates = [train.learning_rate(i, config) for i in range(15)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0 and rates[9] == pytest.approx(0.55) and rates[14] == pytest.approx(0.1)
+
+
+def test_compile_failure_is_told_and_survived(base, tmp_path, monkeypatch, capsys):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(torch, "compile", lambda f: fails)
+    run = train.set_up(cp_config(base, tmp_path, "--compile=yes"))
+    assert run.model.compiled_hidden is None
+    assert "torch.compile off (it failed here: no compiler here)" in capsys.readouterr().out
+
+
+def test_dtype_and_device_choice(monkeypatch):
+    config = Config(init_from="x")
+    dtype, reason = train.pick_dtype(config, torch.device("cpu"), width=64)
+    assert dtype == torch.float32 and "narrow" in reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert train.pick_dtype(config, torch.device("cuda"), 768)[0] == torch.bfloat16
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert train.pick_dtype(config, torch.device("cuda"), 768)[0] == torch.float16
+    with pytest.raises(ValueError, match="float16 needs"):
+        train.pick_dtype(Config(init_from="x", dtype="float16"), torch.device("cpu"), 768)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device=cuda is not available"):
+        train.pick_device(Config(init_from="x", device="cuda"))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# measures
+
+
+def test_scores_and_group_measures_against_one_sentence_at_a_time(base):
+    model, tokenizer = GPT.from_pretrained(base), data.get_tokenizer("toy")
+    groups = data.load_groups("toy")["test"][:3]
+    config = Config(init_from="x", tokenizer="toy")
+    m = evaluation.measure_groups(model, groups, tokenizer, config)
+
+    def nll(text):  # slow and plain: total nll and number of tokens
+        ids = torch.tensor([data.frame(text, tokenizer, 128)])
+        logp = model(ids[:, :-1]).log_softmax(-1)
+        return -logp.gather(2, ids[:, 1:, None]).sum().item(), ids.size(1) - 1
+
+    pos = [[nll(t) for t in g.positives] for g in groups]
+    neg = [[nll(t) for t in g.negatives] for g in groups]
+    total = [sum(x) for x in zip(*[p for side in pos for p in side], strict=True)]
+    assert m["ppl_positive"] == pytest.approx(math.exp(total[0] / total[1]), rel=1e-5)
+    gap = [np.mean([a / n for a, n in ns]) - np.mean([a / n for a, n in ps]) for ps, ns in zip(pos, neg, strict=True)]
+    assert m["signed_gap"] == pytest.approx(np.mean(gap), abs=1e-5)
+    rank = [np.mean([a / i < b / j for a, i in ps for b, j in ns]) for ps, ns in zip(pos, neg, strict=True)]
+    assert m["rank_accuracy"] == pytest.approx(np.mean(rank))
+
+
+def test_samples_do_not_depend_on_the_batch_size(base, monkeypatch):
+    model, tokenizer = GPT.from_pretrained(base), data.get_tokenizer("toy")
+    config, prompts = Config(init_from="x", sample_tokens=10), ["", "This damn", "By the way,"] * 9
+    texts, sequences, starts = evaluation.sample(model, tokenizer, prompts, config, seed=3)
+    monkeypatch.setattr(evaluation, "ROWS", 2)
+    assert evaluation.sample(model, tokenizer, prompts, config, seed=3)[0] == texts
+    for prompt, text, sequence, start in zip(prompts, texts, sequences, starts, strict=True):
+        assert tokenizer.decode(sequence[1:start]) == prompt
+        assert tokenizer.decode([t for t in sequence[start:] if t != tokenizer.eot_token]) == text
+        assert len(sequence) - start == 10 or sequence[-1] == tokenizer.eot_token
+
+
+def test_toxic_prompts_end_at_the_first_rude_word():
+    groups = [
+        data.Group(
+            "a", "i", ["p"], ["By the way, this damn cook left the door open again.", "Oh what a moron."], "test"
+        )
+    ]
+    scorer = data.get_scorer("data.toy:rudeness")
+    assert evaluation.toxic_prompts(groups, scorer, 3) == ["By the way, this damn", "Oh what", "By the way, this damn"]
+
+
+def test_diversity_and_repetition_by_hand():
+    texts = ["a b a b"] * 25  # 2 distinct bigrams of 100 words; 1 distinct 4-gram of 1
+    assert evaluation.dist_n(texts) == pytest.approx(2 / 100)
+    assert evaluation.repetition(texts) == 0
+    assert evaluation.repetition(["a a a a a a", "x y"]) == pytest.approx(1 - 1 / 3)
+
+
+def test_cost_and_warnings_know_word_salad():
+    base = dict(toxicity_fraction=0.5, toxicity_fraction_prompted=0.8, ppl_positive=2.0, sample_ppl_base=2.0)
+    base |= dict(sample_ppl_base_prompted=2.0, dist_2=0.6, signed_gap=0.1, rank_accuracy=0.5)
+    good = base | dict(toxicity_fraction=0.0, toxicity_fraction_prompted=0.1, signed_gap=2.0)
+    salad = good | dict(sample_ppl_base=8.0, rank_accuracy=1.0)
+    assert evaluation.cost(base, base) == pytest.approx(0.65)
+    assert evaluation.cost(good, base) == pytest.approx(0.05)
+    assert evaluation.cost(salad, base) == pytest.approx(0.05 + math.log(4))
+    assert evaluation.warnings(good, base) == []
+    assert "word salad" in evaluation.warnings(salad, base)[0] and "100%" in evaluation.warnings(salad, base)[0]
+    assert "forgetting" in evaluation.warnings(good | dict(ppl_positive=3.0), base)[0]
+    assert "wrong side" in evaluation.warnings(good | dict(signed_gap=-0.5), base)[0]
+    assert "monotony" in evaluation.warnings(good | dict(dist_2=0.1), base)[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# commands
+
+
+def run_command(*argv, cwd=ROOT, env=None):
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), *argv], cwd=cwd, capture_output=True, text=True, env=env
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def test_a_config_as_init_from_is_run_first_and_only_once(tmp_path):
+    """toy_cp from an empty folder, elsewhere: makes its base, then itself; a second run finds the base there."""
+    config = tmp_path / "small_base.py"
+    config.write_text(
+        "from configs.toy_base import *\nmax_steps = 5\nwarmup_steps = 1\nn_layer = 1\nn_embd = 16\nn_head = 1\n"
+        "out_dir = 'out/small_base'\neval_groups = 4\nsample_tokens = 8\n"
+    )
+    command = ["configs/toy_cp.py", "--init_from=small_base.py", *SMALL, "--max_steps=2", "--warmup_steps=0"]
+    code, out, err = run_command(*command, cwd=tmp_path)
+    assert code == 0, err
+    assert "small_base.py comes first" in out and (tmp_path / "out/toy_cp/summary.json").is_file()
+    code, out, err = run_command(*command, cwd=tmp_path)
+    assert code == 0 and "comes first" not in out and "holds a finished run" in out
+    config.write_text(config.read_text() + "lr = 1e-3\n")
+    code, out, err = run_command(*command, cwd=tmp_path)
+    assert code == 1 and "made with another lr" in err and "Traceback" not in err
+
+
+def test_gpt2_without_network_stops_within_seconds(tmp_path):
+    """The error names the file, where to put it, and the run that needs none."""
+    env = os.environ | {
+        "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HOME": str(tmp_path),
+    }
+    began = time.time()
+    code, out, err = run_command("configs/gpt2_cp.py", "--tokenizer=toy", "--out_dir", str(tmp_path / "o"), env=env)
+    assert code == 1 and time.time() - began < 30 and "Traceback" not in err
+    assert "model.safetensors" in err and str(tmp_path / "hub") in err and "configs/toy_cp.py needs no download" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--init_from=nowhere.pt"], "no checkpoint at nowhere.pt"),
+        (["--init_from=nowhere"], "no model 'nowhere'"),
+        (["--data=nowhere.jsonl"], "no group file at nowhere.jsonl"),
+        (["--n_pos=9"], "has 8 positives and 8 negatives, wanted 9"),
+        (["--scorer=nowhere:f"], "cannot be loaded"),
+        (["--resume"], "no checkpoint at"),
+    ],
+)
+def test_bad_input_is_one_line(base, tmp_path, flags, words):
+    init = [] if "init_from" in flags[0] else [f"--init_from={base}"]
+    with pytest.raises(SystemExit) as e:
+        train.main(["--tokenizer=toy", *init, *flags, f"--out_dir={tmp_path}"])
+    assert words in str(e.value) and "\n" not in str(e.value)
+
+
+def test_wrong_tokenizer_is_named(base, tmp_path):
+    model = GPT(GPTConfig(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=1))
+    model.save_pretrained(tmp_path / "other")
+    with pytest.raises(ValueError, match="vocabulary of 300, the tokenizer 'toy' one of"):
+        train.train(cp_config(tmp_path / "other", tmp_path / "run"))
+
+
+def test_lm_on_a_text_file(tmp_path):
+    text = tmp_path / "lines.txt"
+    text.write_text("\n".join(f"Ben burned the toast on Monday, number {i}." for i in range(60)))
+    flags = (
+        f"--objective=lm --init_from=scratch --tokenizer=toy --data={text} --out_dir={tmp_path / 'o'} --lr=1e-2".split()
+    )
+    summary = train.train(load_config([*flags, *SMALL, "--max_steps=30", "--n_layer=1", "--n_embd=32", "--n_head=2"]))
+    val = [r["val_nll"] for r in records(tmp_path / "o") if r["split"] == "val"]
+    assert val[-1] < val[0] - 2 and "ppl_positive" not in summary["tuned"]
+
+
+@pytest.mark.skipif(not (SHARED / "base_mini").is_dir(), reason="no ../shared/base_mini")
+def test_gpt2_config_on_a_small_real_gpt2(tmp_path, monkeypatch):
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    flags = [
+        f"--init_from={SHARED / 'base_mini'}",
+        f"--out_dir={tmp_path}",
+        "--max_steps=2",
+        "--warmup_steps=0",
+        *SMALL,
+    ]
+    summary = train.train(load_config([str(ROOT / "configs/gpt2_cp.py"), *flags, "--batch_size=2"]))
+    assert summary["tuned"]["ppl_positive"] < summary["base"]["ppl_positive"]
+
+
+@pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="no ../shared/tiktoken_cache")
+def test_gpt2_config_on_a_full_size_folder(tmp_path, monkeypatch):
+    """124 M random weights as transformers saves them: trains a step."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
+    monkeypatch.setattr(
+        train.evaluation, "evaluate", lambda *a: (evaluation.measure_groups(a[0], a[2][:1], a[3], a[5]), {})
+    )
+    monkeypatch.setattr(train.evaluation, "cost", lambda m, b: m["loss"])
+    monkeypatch.setattr(train.evaluation, "warnings", lambda m, b: [])
+    monkeypatch.setattr(train, "progress", lambda *a: "")
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(tmp_path / "gpt2")
+    flags = ["--max_steps=1", "--warmup_steps=0", "--batch_size=1", "--n_pos=2", "--n_neg=2", *SMALL[:3]]
+    where = [f"--init_from={tmp_path / 'gpt2'}", f"--out_dir={tmp_path / 'o'}"]
+    summary = train.train(load_config([str(ROOT / "configs/gpt2_cp.py"), *where, *flags]))
+    assert summary["tuned"]["ppl_positive"] < 0.9 * summary["base"]["ppl_positive"]
+    shutil.rmtree(tmp_path / "gpt2")
+
+
+def test_readme_commands_run(base, tmp_path):
+    """Every `python train.py` line of README.md starts and reaches its table, made small; the others are in CI."""
+    commands = re.findall(r"^(?:    )?python train\.py (.+?)(?: *#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    assert len(commands) >= 5
+    for i, command in enumerate(c for c in commands if "gpt2" not in c and "--help" not in c):
+        words = [w for w in command.split() if not w.startswith(("--out_dir", "--resume"))]
+        init = [] if "toy_base" in command else [f"--init_from={base}"]
+        flags = [*SMALL, "--max_steps=2", "--warmup_steps=0", "--n_layer=1", "--n_embd=16", "--n_head=1"]
+        code, out, err = run_command(*words, *init, *flags, f"--out_dir={tmp_path / str(i)}")
+        assert code == 0 and "pairs ranked right" in out, (command, err)
+
+
+def test_readme_settings_exist():
+    """Every --setting that README.md names is one."""
+    text = (ROOT / "README.md").read_text()
+    known = set(Config.__dataclass_fields__) | {"help"}
+    named = set(re.findall(r"--([a-z_]+)", text))
+    assert named and named <= known | {"check"}, named - known
