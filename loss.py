@@ -116,5 +116,5 @@ def diagnose(pos, neg):
 
 
 def language_modelling(nll, tokens):
-    """Next-token loss, the mean over all tokens. nll (B,) in nats per token, tokens (B,), how many were scored -> ()."""
+    """Next-token loss: the mean over tokens. nll (B,) in nats per token, tokens (B,), the number scored -> ()."""
     return (nll * tokens).sum() / tokens.sum()

@@ -356,9 +356,10 @@ def fit(run):
 
 def stop_unless_finite(what, value, run, micro):
     if not math.isfinite(value):
+        ids = ", ".join(i for b in micro for i in b.ids)
         raise FloatingPointError(
-            f"{what} is {value} at step {run.step}, in {', '.join(i for b in micro for i in b.ids)}. The last "
-            f"checkpoint, {run.out / 'last.pt'}, is from before: look at these sentences, or try a smaller --lr and --resume"
+            f"{what} is {value} at step {run.step}, in {ids}. The last checkpoint, {run.out / 'last.pt'}, is from "
+            "before: look at these sentences, or --resume with a smaller --lr"
         )
 
 

@@ -77,17 +77,17 @@ DECENT_END = (
 )
 RUDE_END = (
     ", what a {r} {n}",
-    ", so shut up, {p}",
+    ", so be quiet, {n}",
     ", like every {r} {n}",
     ", and {p} is a {n}",
     ", and only a {n} does that",
-    ", so get lost, you {r} {n}",
-    ", and {p} can go to hell",
-    ", and I hate that {n} {p}",
+    ", so get lost, you {n}",
+    ", and {p} is {r}",
+    ", and we all hate that {n} {p}",
 )
 STARTS = ("", "It seems that ", "I heard that ", "By the way, ")
 TEMPLATES = ("{s}this {d} {n} {p} {a} {w}{e}.", "{s}{p}, the {d} {n}, {a} {w}{e}.", "{w}, this {d} {n} {p} {a}{e}.")
-RUDE_WORDS = frozenset(RUDE + RUDE_NOUN + ["shut", "hell", "hate"])
+RUDE_WORDS = frozenset([*RUDE, *RUDE_NOUN, "hate"])
 # What may be one token: the text between a prompt's sentences, a word, or a mark, the last two with a blank before.
 PROMPT_PARTS = {part for prompt in (HARMLESS_PROMPT, TOXIC_PROMPT) for part in re.split(r"\{\w+\}", prompt)}
 PIECES = "|".join(map(re.escape, sorted(PROMPT_PARTS, key=len, reverse=True))) + r"| ?[A-Za-z]+| ?[^\sA-Za-z]|\s"

@@ -773,7 +773,7 @@ def test_refuses_a_damaged_safetensors_file(tmp_path, published, damage):
 def test_bad_offsets_name_the_tensor(tmp_path, published, name):
     file = tmp_path / "model.safetensors"
     file.write_bytes(DAMAGE[name]((published[0] / "model.safetensors").read_bytes()))
-    with pytest.raises(ValueError, match=r"tensor transformer\.wpe\.weight lies outside"):
+    with pytest.raises(ValueError, match=r"tensor transformer\.wpe\.weight .*cut off"):
         GPT.from_pretrained(file)
 
 
@@ -868,7 +868,7 @@ def test_folder_without_weights(tmp_path):
 @pytest.mark.parametrize("saved", [{"weights": torch.ones(2)}, [1, 2], torch.ones(2)], ids=["dict", "list", "tensor"])
 def test_pt_that_is_no_checkpoint(tmp_path, saved):
     torch.save(saved, tmp_path / "x.pt")
-    with pytest.raises(ValueError, match=r"x\.pt is not a checkpoint of train\.py"):
+    with pytest.raises(ValueError, match=r"x\.pt is .*checkpoint of train\.py"):
         GPT.from_pretrained(tmp_path / "x.pt")
 
 
