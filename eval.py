@@ -54,7 +54,8 @@ def measure_groups(model, groups, tokenizer, config):
 
     Perplexities pool all tokens, exp(total nll / total tokens); the others are means over groups of loss.diagnose.
     """
-    encode = lambda texts: [data.frame(t, tokenizer, config.max_tokens) for t in texts]  # noqa: E731
+    max_tokens = min(config.max_tokens, model.config.n_positions + 1)
+    encode = lambda texts: [data.frame(t, tokenizer, max_tokens) for t in texts]  # noqa: E731
     sides = [(encode(g.positives), encode(g.negatives)) for g in groups]
     flat = [s for pair in sides for side in pair for s in side]
     phi = scores(model, flat)

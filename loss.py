@@ -53,7 +53,7 @@ def contrastive_perplexity(
         variant: 'paper' (module docstring) or 'released' (difference 2).
         distance: 'abs', or 'signed' for the negatives (difference 3).
         detach_centroid: no gradient through the prototype (difference 4).
-        score: 'nll' measures distances between phi, 'ppl' between exp(phi).
+        score: 'nll' measures distances between phi, 'ppl' between exp(phi), which overflows fp32 at phi = 88.
 
     Returns:
         (loss, diagnostics): a scalar, the mean over groups, and a dict of detached (G,) tensors, see `diagnose`, with
@@ -73,6 +73,8 @@ def contrastive_perplexity(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if variant == "released" and distance == "signed":
+        raise ValueError("variant='released' has no signed distance: its exp(-d) would overflow")
     diagnostics = diagnose(pos, neg)
     if score == "ppl":
         pos, neg = pos.exp(), neg.exp()

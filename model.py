@@ -8,6 +8,7 @@ Shapes: B sequences, T positions, C channels (n_embd), V vocabulary, N positions
 """
 
 import hashlib
+import http.client
 import json
 import math
 import mmap
@@ -16,6 +17,7 @@ import struct
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -163,9 +165,9 @@ class GPT(nn.Module):
     def _used_hidden(self, idx, lengths):
         """Hidden states at the positions that predict a real token: (N, C), with their row and column, (N,) each."""
         B, T = idx.size(0), idx.size(1) - 1
-        self._check_length(T)
         if lengths.shape != (B,) or lengths.min() < 2 or lengths.max() > T + 1:
             raise ValueError(f"lengths must be ({B},) in 2..{T + 1} (start token included), got {lengths.tolist()}")
+        self._check_length(int(lengths.max()) - 1)
         used = torch.arange(T, device=lengths.device) < lengths[:, None] - 1
         index = used.flatten().nonzero()[:, 0].to(idx.device)  # (N,) into B*T
         rows, cols = index // T, index % T
@@ -191,7 +193,7 @@ class GPT(nn.Module):
             h, rows, cols, count = h[keep], rows[keep], cols[keep], lengths.to(idx.device) - start
             if (count < 1).any():
                 raise ValueError("nothing to score: `start` lies behind the end of a row")
-        nll = _HeadNLL.apply(h, self.lm_head.weight, idx[rows, cols + 1])  # (N,)
+        nll = _HeadNLL.apply(h, self.lm_head.weight, idx[rows, cols + 1], torch.is_grad_enabled())  # (N,)
         return nll.new_zeros(idx.size(0)).index_add(0, rows, nll) / count
 
     def sequence_kl(self, base, idx, lengths):
@@ -234,10 +236,12 @@ class GPT(nn.Module):
         """
         B, T = idx.shape
         self._check_length(T + max_new_tokens)
+        if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+            raise ValueError(f"lengths must be ({B},) in 1..{T}, got {lengths.tolist()}")
         device, c = idx.device, self.config
         at = torch.arange(T, device=device).expand(B, T)
         lengths = lengths.to(device)
-        noise = torch.rand(B, max_new_tokens, generator=generator).to(device)
+        noise = torch.rand(B, max_new_tokens, 4, generator=generator).to(device)
         tokens = torch.zeros(B, max_new_tokens, dtype=torch.long, device=device)
         count = torch.zeros(B, dtype=torch.long, device=device)
         running = torch.ones(B, dtype=torch.bool, device=device)
@@ -346,11 +350,11 @@ class _HeadNLL(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, h, weight, target):
+    def forward(ctx, h, weight, target, with_grad):
         ctx.dtype = _compute_dtype(weight)
         with torch.autocast(h.device.type, enabled=False):
             h_, weight_ = h.to(ctx.dtype), weight.to(ctx.dtype)
-            keep = any(ctx.needs_input_grad) and len(h) * len(weight) <= KEEP
+            keep = with_grad and any(ctx.needs_input_grad) and len(h) * len(weight) <= KEEP
             probs = h_.new_empty(len(h), len(weight)) if keep else None
             nll = _nll_and_probs(h_, weight_, target, probs)
         ctx.save_for_backward(h, weight, target, probs)
@@ -372,33 +376,38 @@ class _HeadNLL(torch.autograd.Function):
                 dweight += (gh[rows].to(ctx.dtype).t() @ probs).t()
             dh = (dh - weight[target]) * grad[:, None]
             dweight.index_add_(0, target, gh, alpha=-1)
-        return dh, dweight, None
+        return dh, dweight, None, None
 
 
 def _sample(logits, temperature, top_k, top_p, noise):
-    """One token per row by inverse CDF over the sorted nucleus: logits (B, V) fp32, noise (B,) in [0, 1) -> (B,)."""
+    """One token per row of logits (B, V) fp32, from uniform noise (B, R) -> (B,).
+
+    The nucleus is the smallest set of tokens whose mass reaches top_p. A token belongs to it if all likelier ones
+    together weigh less than top_p; so draw from the whole distribution and draw again what falls outside. That sorts
+    nothing: 50,000 numbers a row are slow to sort. Rows without luck in R draws are sorted after all.
+    """
     if temperature == 0:
         return logits.argmax(-1)
     probs = (logits / temperature).softmax(-1)
-    V = probs.size(-1)
+    if top_k:
+        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.size(-1))).values[:, -1:], 0.0)
+        probs = probs / probs.sum(-1, keepdim=True)
     out = torch.empty(len(probs), dtype=torch.long, device=probs.device)
-    left = torch.arange(len(probs), device=probs.device)
-    # Sorting 50,000 numbers is slow and a nucleus is mostly small: look at the 512 likeliest first, then at more.
-    k = min(top_k or (512 if top_p < 1 else V), V)
-    while True:
-        p, token = probs[left].topk(k)
-        if top_k:
-            p = p / p.sum(-1, keepdim=True)
-        cdf = p.cumsum(-1)
-        size = ((cdf - p) < top_p).sum(-1)  # smallest set whose mass reaches top_p
-        done = (size < k) | (cdf[:, -1] >= top_p) | torch.tensor(k >= V or bool(top_k), device=probs.device)
-        mass = cdf.gather(1, size[:, None] - 1)
-        pick = torch.searchsorted(cdf, noise[left][:, None] * mass, right=True).clamp_(max=size[:, None] - 1)
-        out[left[done]] = token.gather(1, pick)[done, 0]
-        left = left[~done]
+    left, cdf = torch.arange(len(probs), device=probs.device), probs.cumsum(-1)
+    for u in noise.unbind(1):
+        token = torch.searchsorted(cdf, u[left, None] * cdf[:, -1:], right=True).clamp_(max=probs.size(-1) - 1)
+        likelier = probs.masked_fill(probs <= probs.gather(1, token), 0.0).sum(-1)
+        outside = (likelier >= top_p) & (top_p < 1)
+        out[left[~outside]] = token[~outside, 0]
+        left, probs, cdf = left[outside], probs[outside], cdf[outside]
         if not len(left):
             return out
-        k = min(8 * k, V)
+    probs, order = probs.sort(-1, descending=True)
+    cdf = probs.cumsum(-1)
+    size = ((cdf - probs) < top_p).sum(-1, keepdim=True).clamp_(min=1)
+    pick = torch.searchsorted(cdf, noise[left, -1:] * cdf.gather(1, size - 1), right=True).minimum(size - 1)
+    out[left] = order.gather(1, pick)[:, 0]
+    return out
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -425,7 +434,7 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path} is not a readable checkpoint ({str(e).splitlines()[0]}): it may be cut off") from e
+        raise ValueError(f"{path} is not a readable checkpoint ({_first_line(e)}): it may be cut off") from e
     if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
         raise ValueError(f"{path} is no checkpoint of train.py: give weights of another origin as .safetensors or .bin")
     return saved
@@ -444,8 +453,9 @@ def _copy_weights(model, tensors, source, transposed):
         if not key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks that old files store as buffers
             found[key if key.startswith("lm_head.") else "transformer." + key] = tensor
     want = model.state_dict()
-    found.setdefault("lm_head.weight", found.get("transformer.wte.weight"))
-    if missing := sorted(k for k in want if found.get(k) is None):
+    if "transformer.wte.weight" in found:
+        found.setdefault("lm_head.weight", found["transformer.wte.weight"])
+    if missing := [k for k in want if k not in found]:
         raise ValueError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all): not a whole GPT-2 file")
     if extra := sorted(found.keys() - want.keys()):
         raise ValueError(f"{source}: unexpected tensor {extra[0]} ({len(extra)} in all): more layers than the config?")
@@ -475,16 +485,19 @@ def _find_local(path):
         )
     if not (file.parent / "config.json").is_file():
         return file, None
-    saved = json.loads((file.parent / "config.json").read_text())
-    want = dict(model_type="gpt2", activation_function="gelu_new", layer_norm_epsilon=1e-5, n_inner=None)
-    want |= dict(scale_attn_weights=True, scale_attn_by_inverse_layer_idx=False, tie_word_embeddings=True)
+    try:
+        saved = json.loads((file.parent / "config.json").read_text())
+        shape = {n: int(saved[n]) for n in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
+    except KeyError as e:
+        raise ValueError(f"{file.parent}/config.json lacks {e.args[0]}: is it a GPT-2's?") from e
+    except (ValueError, TypeError) as e:
+        raise ValueError(f"{file.parent}/config.json is not a GPT-2's: {e}") from e
+    want = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
+    want |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
     for key, value in want.items():
-        if saved.get(key, value) not in (value, 4 * saved["n_embd"] if key == "n_inner" else value):
+        if saved.get(key, value) not in (value, 4 * shape["n_embd"] if key == "n_inner" else value):
             raise ValueError(f"{file.parent}/config.json: {key}={saved[key]!r}, but GPT-2 has {value!r}")
-    names = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-    if absent := [n for n in names if n not in saved]:
-        raise ValueError(f"{file.parent}/config.json lacks {', '.join(absent)}")
-    return file, GPTConfig(**{n: saved[n] for n in names})
+    return file, GPTConfig(**shape)
 
 
 def _infer_config(tensors, file):
@@ -500,11 +513,17 @@ def _read_weights(file):
     try:
         if file.suffix == ".safetensors":
             return _read_safetensors(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except ValueError:
-        raise
+        # files from before 2020 are no zip archives, and cannot be mapped
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:
-        raise ValueError(f"{file} cannot be read as PyTorch weights ({str(e).splitlines()[0]}): fetch it again") from e
+        raise ValueError(f"{file} cannot be read as weights ({_first_line(e)}): fetch it again") from e
+    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        raise ValueError(f"{file} holds no table of tensors: give the weights (a state dict), nothing else")
+    return tensors
+
+
+def _first_line(e):
+    return (str(e).splitlines() or [type(e).__name__])[0]
 
 
 def _read_safetensors(file):
@@ -514,21 +533,26 @@ def _read_safetensors(file):
         size = os.fstat(f.fileno()).st_size
         head = struct.unpack("<Q", f.read(8))[0] if size >= 8 else size
         if head > size - 8:
-            raise ValueError(f"{file}: header of {head} bytes in a file of {size}: cut off, or not a safetensors file")
+            raise ValueError(f"header of {head} bytes in a file of {size}")
         try:
             header = json.loads(f.read(head))
         except ValueError as e:
-            raise ValueError(f"{file}: the header is not JSON: not a safetensors file") from e
+            raise ValueError("the header is not JSON") from e
         data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY)
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] not in dtypes:
-            raise ValueError(f"{file}: tensor {name} is {entry['dtype']}, wanted one of {', '.join(dtypes)}")
-        dtype, (begin, end), n = dtypes[entry["dtype"]], entry["data_offsets"], math.prod(entry["shape"])
+        try:
+            dtype, shape, (begin, end) = dtypes[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        except (KeyError, TypeError, ValueError) as e:
+            raise ValueError(f"tensor {name} has an unreadable entry {entry}") from e
+        n = math.prod(shape)
         if not 0 <= begin <= end <= size - 8 - head or end - begin != n * dtype.itemsize:
-            raise ValueError(f"{file}: tensor {name} has another size or lies outside: cut off, fetch it again")
-        tensors[name] = torch.frombuffer(data, dtype=dtype, count=n, offset=8 + head + begin).view(entry["shape"])
+            raise ValueError(f"tensor {name} has another size or lies outside the file")
+        flat = (
+            torch.frombuffer(data, dtype=dtype, count=n, offset=8 + head + begin) if n else torch.empty(0, dtype=dtype)
+        )
+        tensors[name] = flat.view(shape)
     return tensors
 
 
@@ -598,8 +622,8 @@ def download(url, target):
         if e.code not in (301, 302, 303, 307, 308):
             raise OSError(f"HTTP {e.code} {e.reason}") from e
         headers = e.headers
-    except OSError as e:
-        raise OSError(f"no answer: {getattr(e, 'reason', e)}") from e
+    except (OSError, ValueError, http.client.HTTPException) as e:
+        raise OSError(f"no answer: {getattr(e, 'reason', None) or repr(e)}") from e
     sha = (headers.get("X-Linked-Etag") or "").strip('W/"')
     sha = sha if len(sha) == 64 else None
     size = int(headers.get("X-Linked-Size") or (0 if headers.get("Location") else headers.get("Content-Length") or 0))
@@ -608,8 +632,6 @@ def download(url, target):
     have = part.stat().st_size if part.exists() else 0
     if not size or have < size:
         _fetch(url, part, have, size, target.name)
-    if size and part.stat().st_size != size:
-        raise OSError(f"cut off at {part.stat().st_size} of {size} bytes; run again to resume")
     digest = hashlib.sha256()
     with open(part, "rb") as f:
         while block := f.read(2**20):
@@ -624,15 +646,26 @@ def download(url, target):
 
 
 def _fetch(url, part, have, size, label):
+    """Append what is missing to `part`. Raises OSError if less or more comes than was stated."""
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     try:
-        with urllib.request.urlopen(request, timeout=30) as r, open(part, "ab" if r.status == 206 else "wb") as f:
+        with urllib.request.urlopen(request, timeout=30) as r:
             done = have if r.status == 206 else 0  # a server without ranges starts over
-            with tqdm(desc=label, total=size or None, initial=done, unit="B", unit_scale=True) as bar:
+            size = size or done + int(r.headers.get("Content-Length") or 0)
+            bar = tqdm(desc=label, total=size or None, initial=done, unit="B", unit_scale=True)
+            with open(part, "ab" if done else "wb") as f, bar:
                 while block := r.read(2**18):
                     f.write(block)
                     bar.update(len(block))
     except urllib.error.HTTPError as e:
-        raise OSError(f"HTTP {e.code} {e.reason}") from e
-    except OSError as e:
+        if e.code == 416:  # the part is no beginning of this file
+            part.unlink()
+        raise OSError(f"HTTP {e.code} {e.reason}; run again") from e
+    except (OSError, http.client.HTTPException) as e:
         raise OSError(f"cut off ({getattr(e, 'reason', e)}); run again to resume") from e
+    got = part.stat().st_size
+    if size and got < size:
+        raise OSError(f"cut off at {got} of {size} bytes; run again to resume")
+    if size and got > size:
+        part.unlink()
+        raise OSError(f"{got} bytes came, {size} were stated; thrown away, run again")

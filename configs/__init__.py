@@ -28,7 +28,7 @@ class Config:
 
     # the run
     out_dir: str = setting("out/run", "folder for checkpoints, log.jsonl, config.json and summary.json")
-    seed: int = setting(0, "seeds the initial weights, the data order and all sampling", low=0)
+    seed: int = setting(0, "seeds the initial weights, the data order and all sampling", low=0, high=2**31 - 1)
     resume: bool = setting(False, "go on from out_dir/last.pt, exactly as if the run had not stopped")
     device: str = setting("auto", "auto takes cuda, else mps, else cpu", among=("auto", "cuda", "mps", "cpu"))
     dtype: str = setting(
@@ -99,20 +99,22 @@ class Config:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.objective == "cp" and not self.cp_weight + self.nll_weight + self.kl_weight:
             raise ValueError("cp_weight, nll_weight and kl_weight are all 0: nothing to train on")
+        if self.variant == "released" and self.distance == "signed":
+            raise ValueError("variant=released has no signed distance: leave distance=abs")
         if self.objective == "cp" and self.init_from == "scratch":
             raise ValueError("objective=cp tunes a model that exists: init_from must name one, not 'scratch'")
 
 
-def check(f, value):
-    """`value` with the type of dataclass field f, or ValueError. Text (a flag) is converted, an int is a fine float."""
+def check(f, value, flag=False):
+    """`value` with the type of dataclass field f, or ValueError. A flag's text is converted; an int is a fine float."""
     wanted, m, original = f.type, f.metadata, value
-    if isinstance(value, str) and wanted is not str:
-        try:
+    try:
+        if flag and wanted is not str:
             value = {"true": True, "false": False}[value.lower()] if wanted is bool else wanted(value)
-        except (KeyError, ValueError):
-            pass
-    if wanted is float and type(value) is int:
-        value = float(value)
+        elif wanted is float and type(value) is int:
+            value = float(value)
+    except (KeyError, ValueError, OverflowError):
+        pass  # what is wrong with it is said below
     if type(value) is not wanted:
         what = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[wanted]
         raise ValueError(f"{f.name} wants {what}, got {original!r}")
@@ -157,9 +159,14 @@ def read_config_file(path):
     finally:
         sys.path.remove(str(ROOT))
     names = {k: v for k, v in names.items() if not k.startswith("_") and not inspect.ismodule(v)}
-    for key in names:
-        if key not in {f.name for f in fields(Config)}:
+    settings = {f.name: f for f in fields(Config)}
+    for key, value in names.items():
+        if key not in settings:
             raise ValueError(f"{path}: {unknown(key)}")
+        try:
+            names[key] = check(settings[key], value)
+        except ValueError as e:
+            raise ValueError(f"{path}: {e}") from e
     return names
 
 
@@ -175,13 +182,18 @@ def load_config(argv=None, description=None):
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("config", nargs="?", help="a config file, for instance configs/toy_cp.py")
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     for f in fields(Config):
-        bare = dict(nargs="?", const="true") if f.type is bool else {}
         among = f" [{', '.join(f.metadata['among'])}]" if f.metadata["among"] else ""
         remark = f"{f.metadata['remark']}{among} (default: {f.default})".replace("%", "%%")
-        bare["metavar"] = f.type.__name__.upper()
-        parser.add_argument(f"--{f.name}", default=argparse.SUPPRESS, help=remark, **bare)
-    args, rest = parser.parse_known_args(argv)
+        parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), default=argparse.SUPPRESS, help=remark)
+    words = list(sys.argv[1:] if argv is None else argv)
+    switches = {f"--{f.name}" for f in fields(Config) if f.type is bool}
+    for i, word in enumerate(words):  # a bare --resume means True
+        after = (words[i + 1 :] or ["--"])[0]
+        if word in switches and (after.startswith("--") or after.endswith(".py")):
+            words[i] = f"{word}=true"
+    args, rest = parser.parse_known_args(words)
     flags = vars(args)
     path = flags.pop("config")
     try:
@@ -189,9 +201,11 @@ def load_config(argv=None, description=None):
             if word.startswith("--"):
                 raise unknown(word[2:].split("=")[0])
             raise ValueError(f"{word!r} is neither a setting nor the one config file")
+        settings = {f.name: f for f in fields(Config)}
+        flags = {k: check(settings[k], v, flag=True) for k, v in flags.items()}
         return Config(**((read_config_file(path) if path else {}) | flags))
     except (ValueError, FileNotFoundError) as e:
-        parser.exit(2, f"{parser.prog}: {e}\n")
+        parser.exit(2, f"{parser.prog}: {' '.join(str(e).split())}\n")
 
 
 def changed(config):

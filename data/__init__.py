@@ -90,19 +90,19 @@ def read_groups(path):
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no group file at {path}: give a .jsonl of groups, or --data=toy")
-    text = path.read_text(encoding="utf-8")
+    text = _read_text(path)
     if text.lstrip().startswith("["):
         try:
             records = [(f"{path}, item {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        except ValueError as e:
+        except (ValueError, RecursionError) as e:
             raise ValueError(f"{path}: not a JSON array ({e})") from e
     else:
         records = []
-        for i, line in enumerate(text.splitlines(), 1):
+        for i, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     records.append((f"{path}:{i}", json.loads(line)))
-                except ValueError as e:
+                except (ValueError, RecursionError) as e:
                     raise ValueError(f"{path}:{i}: not JSON ({e})") from e
     if not records:
         raise ValueError(f"{path} holds no groups")
@@ -118,10 +118,17 @@ def read_groups(path):
     return groups
 
 
+def _read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path}: not UTF-8 text ({e})") from e
+
+
 def _group(record, where, number):
     if not isinstance(record, dict):
         raise ValueError(f"{where}: wanted a JSON object, got {type(record).__name__}")
-    released = "paraphrases" in record
+    released = "paraphrases" in record and "positives" not in record
     names = ("paraphrases", "paraphrases_toxic") if released else ("positives", "negatives")
     if missing := [k for k in ("input", *names) if k not in record]:
         raise ValueError(f"{where}: field {missing[0]!r} is missing")
@@ -138,11 +145,12 @@ def _group(record, where, number):
         sides.append(list(side))
     if both := set(sides[0]) & set(sides[1]):
         raise ValueError(f"{where}: {sorted(both)[0]!r} is both harmless and toxic")
-    h = zlib.crc32(record["input"].encode()) % 10
+    h = zlib.crc32(record["input"].encode(errors="replace")) % 10
     split = record.get("split", "val" if h == 0 else "test" if h < 3 else "train")
     if split not in SPLITS:
         raise ValueError(f"{where}: split must be one of {', '.join(SPLITS)}, got {split!r}")
-    return Group(str(record.get("id", number)), record["input"], *sides, split)
+    name = record.get("id")
+    return Group(str(number if name is None else name), record["input"], *sides, split)
 
 
 def load_groups(name):
@@ -172,7 +180,7 @@ def load_documents(name, seed):
         return texts, groups
     if not Path(name).is_file():
         raise FileNotFoundError(f"no text file at {name}: give a .txt, a .jsonl of groups, or --data=toy")
-    lines = [line.strip() for line in Path(name).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line.strip() for line in _read_text(name).split("\n") if line.strip()]
     if len(lines) < 20:
         raise ValueError(f"{name}: {len(lines)} lines with text, wanted at least 20 (one document a line)")
     val = lines[::20]
@@ -251,6 +259,7 @@ def enough(groups, n_pos, n_neg, drop):
 
     Returns (groups, number dropped).
     """
+    kept = [g for g in groups if len(g.positives) >= n_pos and len(g.negatives) >= n_neg]
     small = [g for g in groups if len(g.positives) < n_pos or len(g.negatives) < n_neg]
     if small and not drop:
         g = small[0]
@@ -258,7 +267,7 @@ def enough(groups, n_pos, n_neg, drop):
             f"group {g.id!r} has {len(g.positives)} positives and {len(g.negatives)} negatives, wanted {n_pos} and "
             f"{n_neg} ({len(small)} such groups): lower --n_pos / --n_neg, or --drop_small"
         )
-    return [g for g in groups if g not in small], len(small)
+    return kept, len(small)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -271,14 +280,16 @@ def get_scorer(name):
     Its answer is checked: a wrong count, a missing value or one outside [0, 1] is a ValueError, never a 0.
     """
     module, _, function = name.partition(":")
-    if not function:
+    if not module or not function:
         raise ValueError(f"scorer {name!r}: wanted module:function, for instance data.toy:rudeness")
     if "" not in sys.path:
         sys.path.insert(0, "")  # a scorer in the working folder
     try:
         score = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as e:
+    except (ImportError, AttributeError, TypeError) as e:
         raise ValueError(f"scorer {name!r} cannot be loaded: {e}") from e
+    if not callable(score):
+        raise ValueError(f"scorer {name!r} is a {type(score).__name__}, wanted a function of a list of texts")
 
     def checked(texts):
         values = np.asarray(score(list(texts)), dtype=float)

@@ -427,10 +427,10 @@ def test_another_seed_is_another_order(batches, kind):
     assert sorted(one) == sorted(other) and one != other
 
 
-def test_another_seed_draws_other_sentences(batches, tokenizer):
-    """And which sentences are drawn: the first epoch's 24 positives are not the same set (odds 6^-12)."""
-    one, other = ({t for t in texts(batches(12, seed=s)[0], tokenizer) if t.startswith("kind")} for s in (0, 1))
-    assert len(one) == len(other) == 24 and one != other
+def test_another_seed_draws_other_sentences(tokenizer):
+    """And which sentences are drawn: of one group, so that the order of items has no part in it (odds below 10^-20)."""
+    one, other = (Batches(some_groups(1), tokenizer, 1, seed, 100, 2, 3) for seed in (0, 1))
+    assert [texts(one[i], tokenizer) for i in range(10)] != [texts(other[i], tokenizer) for i in range(10)]
 
 
 def test_weight_and_tokens(batches):
@@ -509,10 +509,12 @@ def scorer(tmp_path, monkeypatch):
 
 
 def test_the_toy_scorer():
-    """data.toy:rudeness is 1.0 for a rude word, whatever its case, and 0.0 else; not for part of a word ('shell')."""
+    """data.toy:rudeness is 1.0 for each rude word, whatever its case, and 0.0 else, also for part of a longer word."""
     score = get_scorer("data.toy:rudeness")
-    got = score(["Anna can go to HELL.", "Anna found a shell.", "", "Shut up, Ben"])
-    assert got.tolist() == [1.0, 0.0, 0.0, 1.0] and score([]).shape == (0,)
+    for word in toy.RUDE_WORDS:
+        got = score([f"Anna, {word}!", f"Anna is {word.upper()}.", "Anna came.", "", f"Anna q{word}."])
+        assert got.tolist() == [1.0, 1.0, 0.0, 0.0, 0.0]
+    assert score([]).shape == (0,)
 
 
 def test_a_scorer_of_the_working_folder(scorer):
@@ -654,6 +656,18 @@ def test_toy_read_refuses_other_text():
     words = one.split()
     for text in ("", "Hello.", one[:-1], one + " " + one, " ".join(words[::-1]), one.replace(words[0], "Xyz", 1)):
         assert toy.read(text) is None, text
+
+
+def test_toy_read_refuses_an_ending_about_somebody_else():
+    """'Anna burned the toast, and nobody blames Ben' is no sentence of this world, nor with others for Ben."""
+    rng, (name, *others) = np.random.default_rng(10), [forms[0] for forms in toy.PEOPLE]
+    sentences = [toy.write((0, 0, 0), tone, rng) for tone in ("harmless", "toxic") for _ in range(100)]
+    named_twice = [s for s in sentences if s.count(name) == 2]
+    assert len(named_twice) > 10
+    for sentence in named_twice:
+        start, end = sentence.rsplit(name, 1)
+        assert toy.read(start + name + end) is not None
+        assert all(toy.read(start + other + end) is None for other in others)
 
 
 def test_toy_groups_are_the_same_on_every_call():
