@@ -6,12 +6,12 @@ init_from = "configs/toy_base.py"
 tokenizer = "toy"
 data = "toy"
 
-tau = 0.3
+tau = 0.2
 nll_weight = 1.0
 n_pos = 5
 n_neg = 5
 
-max_steps = 150
+max_steps = 200
 batch_size = 8
-lr = 5e-4
-eval_interval = 75
+lr = 3e-4
+eval_interval = 100

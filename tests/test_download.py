@@ -57,10 +57,10 @@ class Handler(BaseHTTPRequestHandler):
         if not body:
             return
         end = hub.cuts.pop(0) if hub.cuts else len(data)
+        hub.sent += len(data[:end])  # before the client can have it all and look
         self.wfile.write(data[: end // 2])
         hub.during.append(hub.target.exists())
         self.wfile.write(data[end // 2 : end])
-        hub.sent += len(data[:end])
         if hub.reset and end < len(data):  # an abrupt end instead of an orderly one
             self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             self.connection.close()
