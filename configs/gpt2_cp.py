@@ -16,6 +16,7 @@ n_neg = 5
 
 max_steps = 100
 batch_size = 6
-lr = 5e-5
+lr = 3e-5
 warmup_steps = 10
 eval_interval = 50
+eval_samples = 50
