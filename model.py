@@ -248,13 +248,16 @@ class GPT(nn.Module):
         shape = (B, T + max_new_tokens, c.n_head, c.n_embd // c.n_head)
         kv = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(c.n_layer)]
 
+        head = self.lm_head.weight.to(_compute_dtype(self.lm_head.weight))
+
         for i in range(max_new_tokens):
             # Row b's next token always sits at lengths[b] + i, over what was padding: no gap, no shifted position.
             mask = (torch.arange(T + i, device=device) <= at[:, :, None])[:, None]  # (B, 1, Tq, Tk)
             h = self.hidden(idx, at, cache=[(k, v, at, mask) for k, v in kv])
             if i == 0:
                 h = h[torch.arange(B, device=device), lengths - 1][:, None]
-            token = _sample(self.lm_head(h[:, 0]).float(), temperature, top_k, top_p, noise[:, i])
+            logits = _fp32_logits(h[:, 0].to(head.dtype), head)
+            token = _sample(logits, temperature, top_k, top_p, noise[:, i])
             tokens[running, i] = token[running]
             count += running
             if stop_token is not None:
