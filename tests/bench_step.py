@@ -19,7 +19,7 @@ from torch.nn import functional as F
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-G, P, N, STEPS = 6, 5, 5, 7
+G, P, N, STEPS = 6, 5, 5, 5
 
 
 def sentences():

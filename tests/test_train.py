@@ -415,7 +415,7 @@ def test_gpt2_config_on_a_full_size_folder(few_groups, tmp_path, monkeypatch):
 
 def test_readme_commands_run(base, tmp_path):
     """Every `python train.py` line of README.md starts and reaches its table, made small; the others are in CI."""
-    commands = re.findall(r"^(?:    )?python train\.py (.+?)(?: *#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    commands = re.findall(r"^ *python train\.py (.+?)(?: *#.*)?$", (ROOT / "README.md").read_text(), re.M)
     assert len(commands) >= 5
     for i, command in enumerate(c for c in commands if "gpt2" not in c and "--help" not in c):
         words = [w for w in command.split() if not w.startswith(("--out_dir", "--resume"))]
@@ -423,6 +423,16 @@ def test_readme_commands_run(base, tmp_path):
         flags = [*SMALL, "--max_steps=2", "--warmup_steps=0", "--n_layer=1", "--n_embd=16", "--n_head=1"]
         code, out, err = run_command(*words, *init, *flags, f"--out_dir={tmp_path / str(i)}")
         assert code == 0 and "pairs ranked right" in out, (command, err)
+
+
+def test_the_benchmark_of_the_readme_runs(monkeypatch):
+    """tests/bench_step.py, both sides, with one group and three steps."""
+    import bench_step
+
+    monkeypatch.setattr(bench_step, "G", 1)
+    monkeypatch.setattr(bench_step, "STEPS", 3)
+    plain, ours = bench_step.measure("plain"), bench_step.measure("ours")
+    assert plain.keys() == ours.keys() and ours["tokens_per_second"] > 0 and ours["peak_mb"] > 500
 
 
 def test_readme_settings_exist():
