@@ -471,6 +471,8 @@ def main(argv=None):
         finished = train(config)
     except (ValueError, OSError, FloatingPointError) as e:
         sys.exit(f"train.py: {e}")
+    except KeyboardInterrupt:  # outside the loop, or a second one in it
+        sys.exit("\ntrain.py: interrupted; what was saved last is whole")
     if finished is None:
         sys.exit(130)
 
