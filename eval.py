@@ -63,7 +63,7 @@ def measure_groups(model, groups, tokenizer, config):
     i, rows, where = 0, [], []
     for pos, neg in sides:
         p, n = (torch.tensor(phi[a : a + len(side)])[None] for a, side in ((i, pos), (i + len(pos), neg)))
-        loss, diagnostics = contrastive_perplexity(
+        _, diagnostics = contrastive_perplexity(
             p, n, config.tau, config.alpha, config.variant, config.distance, score=config.score
         )
         rows.append({k: v.item() for k, v in diagnostics.items()})
@@ -212,14 +212,14 @@ def warnings(m, base):
     return out
 
 
-def table(columns, note=""):
+def table(columns):
     """The closing table. columns: {title: measures}."""
     width = max(len(name) for _, name, _ in MEASURES)
     lines = [" " * width + "".join(f"{title:>16}" for title in columns)]
     for key, name, form in MEASURES:
         cells = [form.format(m[key]) if key in m else "-" for m in columns.values()]
         lines.append(f"{name:<{width}}" + "".join(f"{c:>16}" for c in cells))
-    return "\n".join(lines + ([note] if note else []))
+    return "\n".join(lines)
 
 
 def samples(shown):

@@ -71,8 +71,8 @@ class Attention(nn.Module):
         if cache is not None:
             keys, values, at, mask = cache  # (B, Tmax, nh, hs) twice, (B, T), (B, 1, T, Tk)
             rows = torch.arange(B, device=x.device)[:, None]
-            keys[rows, at], values[rows, at] = k.to(keys.dtype), v.to(keys.dtype)
-            k, v = keys[:, : mask.size(-1)].to(q.dtype), values[:, : mask.size(-1)].to(q.dtype)
+            keys[rows, at], values[rows, at] = k, v
+            k, v = keys[:, : mask.size(-1)], values[:, : mask.size(-1)]
         y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
         y = y.transpose(1, 2).reshape(B, T, C3 // 3)
         return self.c_proj(y if pack is None else y.view(B * T, -1)[index])
@@ -205,11 +205,12 @@ class GPT(nn.Module):
             h_base = base._used_hidden(idx, lengths)[0]
         h, rows, _ = self._used_hidden(idx, lengths)
 
+        dtype = _compute_dtype(self.lm_head.weight)
+        head, head_base = self.lm_head.weight.to(dtype), base.lm_head.weight.detach().to(dtype)
+
         def kl(h, h_base):
-            logp, logp_base = (
-                _fp32_logits(x.to(_compute_dtype(w)), w.to(_compute_dtype(w))).log_softmax(-1)
-                for x, w in ((h, self.lm_head.weight), (h_base, base.lm_head.weight.detach()))
-            )
+            logp = _fp32_logits(h.to(dtype), head).log_softmax(-1)
+            logp_base = _fp32_logits(h_base.to(dtype), head_base).log_softmax(-1)
             return F.kl_div(logp, logp_base, log_target=True, reduction="none").sum(-1)
 
         n = max(1, CHUNK // self.config.vocab_size)
@@ -246,9 +247,8 @@ class GPT(nn.Module):
         count = torch.zeros(B, dtype=torch.long, device=device)
         running = torch.ones(B, dtype=torch.bool, device=device)
         shape = (B, T + max_new_tokens, c.n_head, c.n_embd // c.n_head)
-        kv = [(torch.zeros(shape, device=device), torch.zeros(shape, device=device)) for _ in range(c.n_layer)]
-
         head = self.lm_head.weight.to(_compute_dtype(self.lm_head.weight))
+        kv = [(head.new_zeros(shape), head.new_zeros(shape)) for _ in range(c.n_layer)]
 
         for i in range(max_new_tokens):
             # Row b's next token always sits at lengths[b] + i, over what was padding: no gap, no shifted position.
@@ -437,7 +437,7 @@ def load_checkpoint(path):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as e:
-        raise ValueError(f"{path} is not a readable checkpoint ({_first_line(e)}): it may be cut off") from e
+        raise ValueError(f"{path} is not a readable checkpoint ({first_line(e)}): it may be cut off") from e
     if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
         raise ValueError(f"{path} is no checkpoint of train.py: give weights of another origin as .safetensors or .bin")
     return saved
@@ -463,14 +463,15 @@ def _copy_weights(model, tensors, source, transposed):
     if extra := sorted(found.keys() - want.keys()):
         raise ValueError(f"{source}: unexpected tensor {extra[0]} ({len(extra)} in all): more layers than the config?")
     for key, target in want.items():
-        tensor = found[key].t() if transposed and _is_conv1d(key) else found[key]
-        if tensor.shape != target.shape:
-            raise ValueError(f"{source}: tensor {key} has shape {tuple(tensor.shape)}, wanted {tuple(target.shape)}")
+        if transposed and _is_conv1d(key):
+            found[key] = found[key].t()
+        if (shape := found[key].shape) != target.shape:
+            raise ValueError(f"{source}: tensor {key} has shape {tuple(shape)}, wanted {tuple(target.shape)}")
     if not torch.equal(found["lm_head.weight"], found["transformer.wte.weight"]):
         raise ValueError(f"{source}: lm_head.weight differs from transformer.wte.weight, but GPT-2 ties them")
     with torch.no_grad():
         for key, target in want.items():
-            target.copy_(found[key].t() if transposed and _is_conv1d(key) else found[key])
+            target.copy_(found[key])
 
 
 def _find_local(path):
@@ -519,13 +520,14 @@ def _read_weights(file):
         # files from before 2020 are no zip archives, and cannot be mapped
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except Exception as e:
-        raise ValueError(f"{file} cannot be read as weights ({_first_line(e)}): fetch it again") from e
+        raise ValueError(f"{file} cannot be read as weights ({first_line(e)}): fetch it again") from e
     if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
         raise ValueError(f"{file} holds no table of tensors: give the weights (a state dict), nothing else")
     return tensors
 
 
-def _first_line(e):
+def first_line(e):
+    """An exception's message, cut to one line; its type if it has none."""
     return (str(e).splitlines() or [type(e).__name__])[0]
 
 

@@ -25,7 +25,7 @@ import data
 import eval as evaluation
 from configs import Config, as_json, changed, find, load_config
 from loss import contrastive_perplexity, language_modelling
-from model import GPT, GPTConfig, atomic_write, load_checkpoint
+from model import GPT, GPTConfig, atomic_write, first_line, load_checkpoint
 
 WRITTEN = ("best.pt", "last.pt", "log.jsonl", "config.json", "summary.json")
 MACHINE = ("device", "dtype", "compile", "resume")  # settings that say where and how a run happens, not what it is
@@ -95,7 +95,10 @@ def starting_model(config, tokenizer):
 
 
 def made_by(path, config):
-    """The checkpoint that a config file makes. Its run comes first if it is missing, unfinished or out of date."""
+    """The checkpoint that a config file makes. Its run comes first if that is missing, and goes on if it is unfinished.
+
+    Raises ValueError if the folder holds the run of other settings.
+    """
     wanted = load_config([path, *(f"--{k}={getattr(config, k)}" for k in MACHINE if k != "resume")])
     out = Path(wanted.out_dir)
     if (out / "config.json").is_file():
@@ -262,7 +265,7 @@ def try_compile(run):
         outcome = "on"
     except Exception as e:  # whatever the compiler's trouble is, the run does not depend on it
         run.model.compiled_hidden = None
-        outcome = f"off (it failed here: {str(e).strip().splitlines()[0][:100]}); slower, otherwise the same"
+        outcome = f"off (it failed here: {first_line(e)[:100]}); slower, otherwise the same"
     run.model.zero_grad()
     return outcome
 
@@ -284,20 +287,19 @@ def announce(run, reason, compiled):
 
 
 def validate(run, model):
-    """(cost, measures) on held-out data, the same data and random numbers at every call."""
+    """Measures on held-out data, the same data and random numbers at every call."""
     with run.amp():
         if run.config.objective == "lm":
             phi, tokens = evaluation.scores(model, run.held_out), np.array([len(s) - 1 for s in run.held_out])
-            nll = float((phi * tokens).sum() / tokens.sum())
-            return nll, {"val_nll": nll}
+            return {"val_nll": float((phi * tokens).sum() / tokens.sum())}
         args = (run.held_out, run.tokenizer, run.scorer, run.config, run.config.eval_samples, run.config.seed)
-        return None, evaluation.evaluate(model, run.base, *args)[0]
+        return evaluation.evaluate(model, run.base, *args)[0]
 
 
 def fit(run):
     """The training loop. Returns True, or False if Ctrl-C ended it early (then last.pt holds that step)."""
     config, model = run.config, run.model
-    base_cost, base_measures = validate(run, run.base)
+    base_measures = validate(run, run.base)
     log = Log(run.out / "log.jsonl", run.step)
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True)
     with bar, first_interrupt() as stop:
@@ -306,8 +308,8 @@ def fit(run):
             step, last = run.step, run.step == config.max_steps
             due = step == 0 or last or (config.eval_interval and step % config.eval_interval == 0)
             if due:
-                cost, m = (base_cost, base_measures) if step == 0 else validate(run, model)
-                cost = evaluation.cost(m, base_measures) if config.objective == "cp" else cost
+                m = base_measures if step == 0 else validate(run, model)
+                cost = m["val_nll"] if config.objective == "lm" else evaluation.cost(m, base_measures)
                 log.write(step=step, split="val", cost=cost, **m)
                 bar.write(progress(step, cost, m))
                 if step and (run.best is None or cost < run.best["cost"]):
@@ -322,9 +324,9 @@ def fit(run):
             # ---- forward and backward, in grad_accum parts whose mean is that of the whole
             start = time.perf_counter()
             micro = [run.batches[step * config.grad_accum + i] for i in range(config.grad_accum)]
-            record = {}
+            record, weight = {}, sum(b.weight for b in micro)
             for batch in micro:
-                share = batch.weight / sum(b.weight for b in micro)
+                share = batch.weight / weight
                 with run.amp():
                     loss, parts = objective(model, run.base, batch, config)
                 run.scaler.scale(loss * share).backward()
@@ -386,7 +388,8 @@ class Log:
 
     def __init__(self, path, step):
         lines = path.read_text().splitlines() if step and path.exists() else []
-        keep = [line for line in lines if json.loads(line)["step"] < step]
+        whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
+        keep = [line for line in whole if json.loads(line)["step"] < step]
         atomic_write(path, lambda f: f.write("".join(line + "\n" for line in keep).encode()))
         self.path = path
 

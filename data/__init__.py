@@ -259,15 +259,16 @@ def enough(groups, n_pos, n_neg, drop):
 
     Returns (groups, number dropped).
     """
-    kept = [g for g in groups if len(g.positives) >= n_pos and len(g.negatives) >= n_neg]
-    small = [g for g in groups if len(g.positives) < n_pos or len(g.negatives) < n_neg]
+    large, small = [], []
+    for g in groups:
+        (large if len(g.positives) >= n_pos and len(g.negatives) >= n_neg else small).append(g)
     if small and not drop:
         g = small[0]
         raise ValueError(
             f"group {g.id!r} has {len(g.positives)} positives and {len(g.negatives)} negatives, wanted {n_pos} and "
             f"{n_neg} ({len(small)} such groups): lower --n_pos / --n_neg, or --drop_small"
         )
-    return kept, len(small)
+    return large, len(small)
 
 
 # --------------------------------------------------------------------------------------------------------------------

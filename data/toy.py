@@ -1,8 +1,8 @@
-"""The toy world: a small template grammar of everyday events, told kindly or rudely.
+"""The toy world: a small template grammar of everyday events, told decently or rudely.
 
-It contains insults and mild profanity. An event is a person, an action and a circumstance; a positive tells it plainly
-or kindly, a negative tells the same event with contempt. Both sides are built alike (a describing word before, a
-verdict after), so that they have about the same length and a model learns both equally well. A model of a million
+It contains insults and mild profanity. An event is a person, an action and a circumstance; a positive tells it
+decently, a negative tells the same event with contempt. Both sides are built alike (a describing word before, a verdict
+after), so that they have about the same length and a model learns both equally well. A model of a million
 parameters learns this world in half a minute on two CPU cores, and to rephrase on request (the prompts of `data`).
 """
 
