@@ -204,27 +204,25 @@ def rewrite(model, tokenizer, groups, sentences, config, seed, what="rewriting")
     demonstrations (negative -> positive of the groups; as many of them as fit). Returns (texts, closed): None for a
     sentence too long for the context, and whether the model closed the quotation.
     """
-    clean = [s.replace('"', "'").strip() for s in sentences]
-    begins = [data.HARMLESS_PROMPT.split("{output}")[0].format(input=s) for s in clean]
+    template = config.positive_prompt
+    begins = [data.prompt_for(template, s) for s in sentences]
     size = lambda text: len(tokenizer.encode_ordinary(text))  # noqa: E731
-    room, budgets = model.config.n_positions - 1, [8 + int(1.5 * size(s)) for s in clean]
+    room, budgets = model.config.n_positions - 1, [8 + int(1.5 * size(s)) for s in sentences]
     fits = [i for i, begin in enumerate(begins) if size(begin) + budgets[i] <= room]
     budget = max((budgets[i] for i in fits), default=0)  # tokens of the longest rewrite
     chosen = np.random.default_rng([config.seed, 4]).permutation(len(groups))[: config.shots]
     shots = [(groups[i].negatives[0], groups[i].positives[0]) for i in chosen]
-    shots = [data.HARMLESS_PROMPT.format(input=negative, output=positive) for negative, positive in shots]
+    shots = [template.format(input=negative, output=positive) for negative, positive in shots]
     prompts = {}
     for i in fits:
         options = ["".join(shots[j:]) + begins[i] for j in range(len(shots) + 1)]
         prompts[i] = next((p for p in options if size(p) + budget <= room), options[-1])
-    texts, closed = [None] * len(clean), [False] * len(clean)
+    texts, closed = [None] * len(sentences), [False] * len(sentences)
     if prompts:
-        stop = [t for t in range(tokenizer.n_vocab - 1) if set(b'"\n') & set(tokenizer.decode_single_token_bytes(t))]
-        stop.append(tokenizer.eot_token)
+        stop = data.closing_tokens(template, tokenizer)
         _, out = generate(model, tokenizer, list(prompts.values()), config, seed, 1, budget, stop, what)
         for i, (tokens,) in zip(prompts, out, strict=True):
-            text, end, _ = decode(tokenizer, tokens).partition('"')
-            texts[i], closed[i] = text.split("\n")[0].strip(), bool(end)
+            texts[i], closed[i] = data.answer(template, decode(tokenizer, tokens))
     return texts, closed
 
 
@@ -542,7 +540,7 @@ def steps(ev, parts):
         sources = ev.groups["train"]
         yield (
             "rewriting",
-            [sentences, [vars(g) for g in sources], c.shots, c.max_tokens, c.seed, *sampling],
+            [sentences, [vars(g) for g in sources], c.shots, c.positive_prompt, c.max_tokens, c.seed, *sampling],
             lambda model: draw_rewrites(model, base, tokenizer, sources, sentences, c),
             lambda v: (
                 {"rewriting": measure_rewrites(v, ev.scorer)},
@@ -685,7 +683,16 @@ def rewrite_file(config):
     model = GPT.from_pretrained(find(ckpt), tokenizer.n_vocab).to(device)
     dtype, _ = pick_dtype(config.dtype, device, model.config.n_embd)
     scorer, groups = data.get_scorer(config.scorer), data.load_groups(config.data)["train"]
-    how = [config.shots, config.temperature, config.top_p, config.seed, str(dtype), scorer.name, scorer.hash]
+    how = [
+        config.shots,
+        config.positive_prompt,
+        config.temperature,
+        config.top_p,
+        config.seed,
+        str(dtype),
+        scorer.name,
+        scorer.hash,
+    ]
     key = fingerprint([fingerprint(model), texts, how, [vars(g) for g in groups]])
     file, records = out / "rewritten.jsonl", []
     if file.is_file():

@@ -27,7 +27,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 # name -> repository that publishes it, n_layer, n_head, n_embd
@@ -65,29 +64,48 @@ class Attention(nn.Module):
 
     def forward(self, x, pack=None, cache=None):
         qkv = self.c_attn(x)
-        mask = None
+        mask = shared = None
         if pack is not None:  # only attention needs the rectangle; all else in the network works position by position
             index, B, T, mask = pack
             qkv = qkv.new_zeros(B * T, qkv.size(-1)).index_copy(0, index, qkv).view(B, T, -1)
         B, T, C3 = qkv.shape
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).unbind(2)  # each (B, T, nh, hs)
         if cache is not None:
-            keys, values, at, mask = cache  # (B, Tmax, nh, hs) twice, (B, T), (B, 1, T, Tk)
+            keys, values, at, mask, shared = cache  # (B, Tmax, nh, hs) twice, (B, T), (B, 1, T, Tk), see _attend
             rows = torch.arange(B, device=x.device)[:, None]
             keys[rows, at], values[rows, at] = k, v
             k, v = keys[:, : mask.size(-1)], values[:, : mask.size(-1)]
-        y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask)
+        y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, shared)
         y = y.transpose(1, 2).reshape(B, T, C3 // 3)
         return self.c_proj(y if pack is None else y.view(B * T, -1)[index])
 
 
-def _attend(q, k, v, mask):
-    """Attention over (B, nh, T, hs), causal if there is no mask (B, 1, Tq, Tk)."""
+def _attend(q, k, v, mask, shared=None):
+    """Attention over (B, nh, T, hs), causal if there is no mask (B, 1, Tq, Tk). `shared` holds the keys and values,
+    (nh, Tp, hs) each, of a prefix that all rows have before their own."""
     if q.device.type == "cpu":  # where half-precision attention takes three times as long as fp32
         with torch.autocast("cpu", enabled=False):
             q, k, v = q.float(), k.float(), v.float()
-            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+            return _attend_shared(q, k, v, mask, *shared) if shared else _sdpa(q, k, v, mask)
+    return _attend_shared(q, k, v, mask, *shared) if shared else _sdpa(q, k, v, mask)
+
+
+def _sdpa(q, k, v, mask):
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def _attend_shared(q, k, v, mask, keys, values):
+    """Attention to a shared prefix and to the row's own past: the rows are so many queries in one product with the
+    prefix, which is neither copied nor read once per row."""
+    B, nh, T, hs = q.shape
+    keys, values, q = keys.to(q.dtype), values.to(q.dtype), q / math.sqrt(hs)
+    flat = q.transpose(0, 1).reshape(nh, B * T, hs)
+    before = (flat @ keys.transpose(1, 2)).view(nh, B, T, -1).transpose(0, 1)  # (B, nh, T, Tp)
+    own = (q @ k.transpose(2, 3)).masked_fill(~mask, -math.inf)  # (B, nh, T, Tk)
+    p = torch.cat([before, own], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
+    before, own = p.split([keys.size(1), k.size(2)], -1)
+    y = (before.transpose(0, 1).reshape(nh, B * T, -1) @ values).view(nh, B, T, hs).transpose(0, 1)
+    return y + own @ v
 
 
 class MLP(nn.Module):
@@ -208,18 +226,7 @@ class GPT(nn.Module):
             h_base = base._used_hidden(idx, lengths)[0]
         h, rows, _ = self._used_hidden(idx, lengths)
 
-        dtype = _compute_dtype(self.lm_head.weight)
-        head, head_base = self.lm_head.weight.to(dtype), base.lm_head.weight.detach().to(dtype)
-
-        def kl(h, h_base):
-            logp = _fp32_logits(h.to(dtype), head).log_softmax(-1)
-            logp_base = _fp32_logits(h_base.to(dtype), head_base).log_softmax(-1)
-            return F.kl_div(logp, logp_base, log_target=True, reduction="none").sum(-1)
-
-        n = max(1, CHUNK // self.config.vocab_size)
-        per_token = torch.cat(
-            [checkpoint(kl, a, b, use_reentrant=False) for a, b in zip(h.split(n), h_base.split(n), strict=True)]
-        )
+        per_token = _HeadKL.apply(h, self.lm_head.weight, h_base, base.lm_head.weight, torch.is_grad_enabled())
         return (_row_sums(per_token, rows, idx.size(0)) / (lengths - 1).to(idx.device)).float()
 
     @torch.no_grad()
@@ -284,38 +291,43 @@ class GPT(nn.Module):
         stop_token=None,
         generator=None,
         samples=1,
+        prefix=None,
     ):
         """Continue every row of idx (B, T), right-padded, of real lengths (B,), `samples` times.
 
         temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row stops at its stop_token, one
-        id or several. The prompt is computed once for all its samples. The random numbers are drawn row by row from
-        `generator` (on the CPU), so that rows in one batch of B or in B batches of one, on any device, see the same.
+        id or several. The prompt is computed once for all its samples, and what `prefix` (see `read_prefix`) holds
+        comes before each prompt. The random numbers are drawn row by row from `generator` (on the CPU), so that rows in
+        one batch of B or in B batches of one, on any device, see the same; or they are given in its place, uniform in
+        (0, 1), of shape (B * samples, max_new_tokens, 4).
 
         Returns (tokens, count): (B * samples, max_new_tokens) int64, the samples of a row side by side, and
         (B * samples,), how many of them are real, the stop token included. Raises ValueError if prompt and
         continuation do not fit the context.
         """
         B, T = idx.shape
-        self._check_length(T + max_new_tokens)
+        skip = prefix[0][0].size(1) if prefix else 0
+        self._check_length(skip + T + max_new_tokens)
         if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
             raise ValueError(f"lengths must be ({B},) in 1..{T}, got {lengths.tolist()}")
         device, c, R = idx.device, self.config, B * samples
         at = torch.arange(T, device=device).expand(B, T)
         lengths = lengths.to(device)
-        noise = torch.rand(R, max_new_tokens, 4, generator=generator).to(device)
+        given = isinstance(generator, torch.Tensor)
+        noise = (generator if given else torch.rand(R, max_new_tokens, 4, generator=generator)).to(device)
         tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
         count = torch.zeros(R, dtype=torch.long, device=device)
         running = torch.ones(R, dtype=torch.bool, device=device)
         stops = torch.tensor([], dtype=torch.long) if stop_token is None else torch.as_tensor(stop_token).view(-1)
         stops = stops.to(device)
-        shape = (B, T + max_new_tokens, c.n_head, c.n_embd // c.n_head)
         head = self.lm_head.weight.to(_compute_dtype(self.lm_head.weight))
-        kv = [(head.new_zeros(shape), head.new_zeros(shape)) for _ in range(c.n_layer)]
+        kv, prefix = self._empty_cache(B, T + max_new_tokens), prefix or [None] * c.n_layer
 
         for i in range(max_new_tokens):
             # Row b's next token always sits at lengths[b] + i, over what was padding: no gap, no shifted position.
             mask = (torch.arange(T + i, device=device) <= at[:, :, None])[:, None]  # (B, 1, Tq, Tk)
-            h = self.hidden(idx, at, cache=[(k, v, at, mask) for k, v in kv])
+            cache = [(k, v, at, mask, shared) for (k, v), shared in zip(kv, prefix, strict=True)]
+            h = self.hidden(idx, at + skip, cache=cache)
             if i == 0:
                 h = h[torch.arange(B, device=device), lengths - 1][:, None].repeat_interleave(samples, 0)
                 lengths = lengths.repeat_interleave(samples)
@@ -330,6 +342,22 @@ class GPT(nn.Module):
                 break
             idx, at = token[:, None], (lengths + i)[:, None]
         return tokens, count
+
+    def _empty_cache(self, B, T):
+        """Room for the keys and values of every block: [(k, v)], each (B, T, nh, hs)."""
+        shape = (B, T, self.config.n_head, self.config.n_embd // self.config.n_head)
+        new = lambda: torch.zeros(shape, dtype=_compute_dtype(self.lm_head.weight), device=self.device)  # noqa: E731
+        return [(new(), new()) for _ in range(self.config.n_layer)]
+
+    @torch.no_grad()
+    def read_prefix(self, tokens):
+        """What `generate` needs of T tokens that many prompts begin with: keys and values, [(k, v)] of (nh, T, hs)."""
+        self._check_length(len(tokens))
+        at = torch.arange(len(tokens), device=self.device)[None]  # (1, T)
+        kv, mask = self._empty_cache(*at.shape), (at[:, None] <= at[:, :, None])[:, None]  # (1, 1, T, T)
+        idx = torch.tensor([tokens], device=self.device)
+        self.hidden(idx, at, cache=[(k, v, at, mask, None) for k, v in kv])
+        return [(k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v in kv]
 
     # ------------------------------------------------------------------------------------------------------------
     # weights in and out
@@ -470,6 +498,55 @@ class _HeadNLL(torch.autograd.Function):
             dh = (dh - weight[target]) * grad[:, None]
             dweight.index_add_(0, target, gh, alpha=-1)
         return dh, dweight, None, None
+
+
+def _kl_and_difference(h, weight, h_base, weight_base, difference):
+    """KL(q || p) (N,) of p, the softmax of h @ weight.T, and q, the base's; p - q goes into `difference` (N, V)."""
+    n, kl = max(1, CHUNK // weight.size(0)), []
+    for i in range(0, len(h), n):
+        logp = _fp32_logits(h[i : i + n], weight).log_softmax(-1)
+        logq = _fp32_logits(h_base[i : i + n], weight_base).log_softmax(-1)
+        q = logq.exp()
+        kl.append((logq.sub_(logp)).mul_(q).sum(-1))
+        if difference is not None:
+            difference[i : i + n] = logp.exp_().sub_(q)
+    return torch.cat(kl)
+
+
+class _HeadKL(torch.autograd.Function):
+    """KL(q || p) of q = softmax(h_base @ weight_base.T) and p = softmax(h @ weight.T), (N,) fp32.
+
+    As _HeadNLL, with q in the place of one target: d/dh = g (p - q) weight and d/dweight = (p - q)^T (g h). The base is
+    a constant.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, h_base, weight_base, with_grad):
+        ctx.dtype = _compute_dtype(weight)
+        with torch.autocast(h.device.type, enabled=False):
+            both = [x.to(ctx.dtype) for x in (h, weight, h_base, weight_base)]
+            keep = with_grad and any(ctx.needs_input_grad) and len(h) * len(weight) <= KEEP
+            difference = both[0].new_empty(len(h), len(weight)) if keep else None
+            kl = _kl_and_difference(*both, difference)
+        ctx.save_for_backward(h, weight, h_base, weight_base, difference)
+        return kl
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight, h_base, weight_base, kept = ctx.saved_tensors
+        with torch.autocast(h.device.type, enabled=False):
+            h_, weight_, h_base_, weight_base_ = (x.to(ctx.dtype) for x in (h, weight, h_base, weight_base))
+            dh, dweight, gh = torch.empty_like(h), torch.zeros_like(weight), h * grad[:, None]
+            n = len(h) if kept is not None else max(1, KEEP // len(weight))
+            for i in range(0, len(h), n):
+                rows, difference = slice(i, i + n), kept
+                if difference is None:
+                    difference = h_.new_empty(len(h_[rows]), len(weight))
+                    _kl_and_difference(h_[rows], weight_, h_base_[rows], weight_base_, difference)
+                dh[rows] = difference @ weight_
+                dweight += (gh[rows].to(ctx.dtype).t() @ difference).t()
+            dh *= grad[:, None]
+        return dh, dweight, None, None, None
 
 
 def _sample(logits, temperature, top_k, top_p, noise):

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +36,7 @@ from model import (
     pick_dtype,
 )
 
+ANCHOR = 128
 WRITTEN = ("best.pt", "last.pt", "log.jsonl", "config.json", "summary.json")
 MACHINE = ("device", "dtype", "compile", "resume")  # settings that say where and how a run happens, not what it is
 
@@ -56,6 +57,15 @@ def starting_model(config, tokenizer):
     return GPT.from_pretrained(find(source), tokenizer.n_vocab)
 
 
+def differ(config, saved):
+    """Names of the settings that a saved run has otherwise; one that it does not know had its default."""
+    return [
+        f.name
+        for f in fields(config)
+        if f.name not in MACHINE and saved.get(f.name, f.default) != getattr(config, f.name)
+    ]
+
+
 def made_by(path, config):
     """The checkpoint that a config file makes. Its run comes first if that is missing, and goes on if it is unfinished.
 
@@ -65,7 +75,7 @@ def made_by(path, config):
     out = Path(wanted.out_dir)
     if (out / "config.json").is_file():
         made = json.loads((out / "config.json").read_text())
-        if other := [k for k, v in asdict(wanted).items() if k not in MACHINE and made.get(k) != v]:
+        if other := differ(wanted, made):
             raise ValueError(
                 f"{out} was made with another {', '.join(other)} than {path} says: delete that folder, or name its "
                 f"checkpoint, --init_from={out / 'best.pt'}"
@@ -103,6 +113,10 @@ def objective(model, base, batch, config):
         rows = [r for r in range(len(idx)) if r % (config.n_pos + config.n_neg) < config.n_pos]
         kl = model.sequence_kl(base, idx[rows], batch.lengths[rows]).mean()
         loss, log["kl"] = loss + config.kl_weight * kl, kl.detach()
+    if config.anchor_weight:
+        per_text = model.sequence_kl(base, batch.anchor.idx.to(model.device, non_blocking=True), batch.anchor.lengths)
+        kl = language_modelling(per_text, (batch.anchor.lengths - 1).to(per_text.device))  # the mean over tokens
+        loss, log["kl_anchor"] = loss + config.anchor_weight * kl, kl.detach()
     return loss, log
 
 
@@ -156,6 +170,8 @@ def set_up(config):
     dtype, reason = pick_dtype(config.dtype, device, model.config.n_embd)
     batches, held_out, test = open_data(config, tokenizer, model.config.n_positions)
     base = copy.deepcopy(model).requires_grad_(False)
+    if config.anchor_weight:
+        batches.anchor = own_texts(base, tokenizer, scorer, config, dtype)
     run = Run(config, out, model, base, dtype, tokenizer, scorer, batches, held_out, test)
 
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -168,7 +184,7 @@ def set_up(config):
         run.optimizer.load_state_dict(saved["optimizer"])
         run.scaler.load_state_dict(saved["scaler"])
         run.step, run.best = saved["step"], saved["best"]
-        other = [k for k, v in asdict(config).items() if k not in MACHINE and saved["config"].get(k) != v]
+        other = differ(config, saved["config"])
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(other)}" if other else ""))
 
     out.mkdir(parents=True, exist_ok=True)
@@ -215,6 +231,22 @@ def open_data(config, tokenizer, n_positions):
     cut = f"; {batches.truncated} sentences cut at {max_tokens} tokens" if batches.truncated else ""
     print(f"             {batches.padding():.0%} of the positions are padding, computed in attention only{cut}")
     return batches, held_out, groups["test"]
+
+
+def own_texts(base, tokenizer, scorer, config, dtype):
+    """Batches of texts that the base writes from nothing, drawn from its whole distribution; what the scorer calls
+    toxic is left out (that need not stay), and drawn again."""
+    texts, drawn, whole = [], 0, replace(config, temperature=1.0, top_p=1.0)
+    while len(texts) < config.anchor_texts:
+        with amp(base.device, dtype):
+            _, (rows,) = evaluation.generate(
+                base, tokenizer, [""], whole, config.seed + drawn, ANCHOR, config.anchor_tokens, what=None
+            )
+        some = [t for t in (evaluation.decode(tokenizer, row) for row in rows) if t.strip()]
+        drawn += ANCHOR
+        texts += [t for t, x in zip(some, scorer(some), strict=True) if x <= 0.5 or not config.anchor_decent]
+    texts = texts[: config.anchor_texts]
+    return data.Batches(texts, tokenizer, config.anchor_batch, config.seed, config.max_tokens)
 
 
 def try_compile(run):

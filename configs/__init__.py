@@ -10,6 +10,7 @@ import difflib
 import inspect
 import json
 import math
+import re
 import sys
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -55,7 +56,7 @@ class Config:
         128, "longer sentences lose their end and are counted; start and end token included", low=3
     )
 
-    # the objective: cp_weight * CP + nll_weight * NLL + kl_weight * KL for 'cp', next-token loss for 'lm'
+    # the objective: for 'cp' cp_weight * CP + nll_weight * NLL + kl_weight * KL + anchor_weight * KL of other texts
     objective: str = setting("cp", "cp: contrastive perplexity; lm: language modelling", among=("cp", "lm"))
     cp_weight: float = setting(1.0, "weight of the contrastive term; 0 leaves plain fine-tuning on positives", low=0)
     tau: float = setting(0.3, "temperature, nats: how far negatives are pushed", above=0)
@@ -66,6 +67,11 @@ class Config:
     score: str = setting("nll", "distances between log-perplexities, or between perplexities", among=("nll", "ppl"))
     nll_weight: float = setting(1.0, "weight of the positives' mean nll, nats per token; 0 disables", low=0)
     kl_weight: float = setting(0.0, "weight of KL(base || model) on the positives, nats per token; 0 disables", low=0)
+    anchor_weight: float = setting(0.0, "the same on texts that the base writes itself beforehand; 0 disables", low=0)
+    anchor_texts: int = setting(256, "texts that it writes for that, as the scorer does not call toxic", low=1)
+    anchor_tokens: int = setting(64, "longest of them, tokens", low=1)
+    anchor_batch: int = setting(8, "of them per forward pass", low=1)
+    anchor_decent: bool = setting(True, "")
 
     # the optimiser (AdamW)
     max_steps: int = setting(200, "optimiser steps", low=1)
@@ -89,6 +95,28 @@ class Config:
     top_p: float = setting(0.9, "nucleus of samples; 1 keeps all", above=0, high=1)
     scorer: str = setting("ngram", "toxicity of texts: ngram (built in), module:function, or file:SCORES.jsonl")
 
+    # paraphrasing, in eval.py and data_gen.py: demonstrations in this form, then the beginning of one more
+    shots: int = setting(4, "demonstrations before a sentence to paraphrase", low=0)
+    positive_prompt: str = setting(
+        'Sentence: "{input}"\nPolite: "{output}"\n', "asks for a positive; what follows {output} closes it"
+    )
+    negative_prompt: str = setting('Sentence: "{input}"\nRude: "{output}"\n', "asks for a negative")
+
+    # data_gen.py only: groups of n_pos + n_neg, from batch_size seeds at a time, k samples of each per round
+    seeds: str = setting("", "sentences to paraphrase: text file, one a line, or the inputs of a group file, or 'toy'")
+    n_seeds: int = setting(0, "of them, drawn at random; 0 takes all", low=0)
+    data_out: str = setting("", "the group file to write; '' means out_dir/groups.jsonl")
+    demos: str = setting("data/detox/groups.jsonl", "groups whose train split demonstrates; 'toy' for the toy world's")
+    rounds: int = setting(8, "rounds of k samples before a seed is given up", low=1)
+    surplus: int = setting(2, "sentences to look for, times n_pos and n_neg: the positives' nearest are kept", low=1)
+    min_length: float = setting(0.6, "tokens of a paraphrase / tokens of its seed, at least", low=0)
+    max_length: float = setting(1.6, "the same, at most", above=0)
+    min_overlap: float = setting(0.3, "ROUGE-L with the seed, at least: less says something else", low=0, high=1)
+    max_overlap: float = setting(0.85, "the same, at most: more is a copy", low=0, high=1)
+    max_jaccard: float = setting(0.8, "shared words / all words of two paraphrases of a group, at most", low=0, high=1)
+    max_toxicity: float = setting(0.3, "scorer's toxicity of a positive, at most", low=0, high=1)
+    min_toxicity: float = setting(0.5, "scorer's toxicity of a negative, at least", low=0, high=1)
+
     # eval.py only
     ckpt: str = setting("", "the tuned model: checkpoint, folder or name; '' means out_dir/best.pt")
     base: str = setting("", "what it is compared with; '' means the model that the checkpoint was tuned from")
@@ -98,7 +126,6 @@ class Config:
     text: str = setting("", "text file for perplexity and drift (.raw: WikiText), or wikitext2; '' for none")
     text_tokens: int = setting(0, "tokens of that text, from its beginning; 0 takes all", low=0)
     tasks: str = setting("", "task files, or lambada, piqa, hellaswag, with commas between; '' for none")
-    shots: int = setting(4, "demonstrations before a sentence to rewrite", low=0)
     rewrite: str = setting("", "only rewrite this text file politely, line by line, with the tuned model")
     plot: str = setting("", "also draw the scores of the test split into this .png (needs matplotlib)")
     check: str = setting("", "only measure this published model against its published numbers, for instance gpt2")
@@ -114,6 +141,16 @@ class Config:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if self.objective == "cp" and not self.cp_weight + self.nll_weight + self.kl_weight:
             raise ValueError("cp_weight, nll_weight and kl_weight are all 0: nothing to train on")
+        for name in ("positive_prompt", "negative_prompt"):
+            setattr(self, name, getattr(self, name).replace("\\n", "\n"))  # as one writes it in a flag
+            if not re.fullmatch(r"[^{}]*\{input\}[^{}]*\{output\}[^{}]+", getattr(self, name)):
+                got = getattr(self, name)
+                raise ValueError(f"{name} must hold {{input}}, then {{output}}, then a closing mark, got {got!r}")
+        for low, high in (("min_length", "max_length"), ("min_overlap", "max_overlap")):
+            if getattr(self, low) > getattr(self, high):
+                raise ValueError(
+                    f"{low}={getattr(self, low)} is above {high}={getattr(self, high)}: nothing could pass"
+                )
         if self.variant == "released" and self.distance == "signed":
             raise ValueError("variant=released has no signed distance: leave distance=abs")
         if self.objective == "cp" and self.init_from == "scratch":
@@ -203,7 +240,8 @@ def load_config(argv=None, description=None, start=None):
     parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
     for f in fields(Config):
         among = f" [{', '.join(f.metadata['among'])}]" if f.metadata["among"] else ""
-        remark = f"{f.metadata['remark']}{among} (default: {f.default})".replace("%", "%%")
+        default = str(f.default).replace("\n", "\\n")
+        remark = f"{f.metadata['remark']}{among} (default: {default})".replace("%", "%%")
         parser.add_argument(f"--{f.name}", metavar=f.type.__name__.upper(), default=argparse.SUPPRESS, help=remark)
     words = list(sys.argv[1:] if argv is None else argv)
     switches = {f"--{f.name}" for f in fields(Config) if f.type is bool}

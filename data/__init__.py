@@ -17,10 +17,6 @@ from data.scorers import get_scorer  # noqa: F401, for users of this package
 SPLITS = ("train", "val", "test")
 WIDTH = 8  # rows are padded to a multiple of this: few widths, so that compiled shapes repeat
 
-# A base GPT-2 follows examples, not instructions: a prompt is some demonstrations and the beginning of one more.
-HARMLESS_PROMPT = 'Sentence: "{input}"\nPolite: "{output}"\n'
-TOXIC_PROMPT = 'Sentence: "{input}"\nRude: "{output}"\n'
-
 
 @dataclass
 class Group:
@@ -74,6 +70,32 @@ def pad(sequences):
     for row, s in zip(idx, sequences, strict=True):
         row[: len(s)] = torch.tensor(s)
     return idx, lengths
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# prompts: a base GPT-2 follows examples, not instructions, so a prompt is some demonstrations and the beginning of one
+
+
+def prompt_for(template, sentence):
+    """The beginning of one more demonstration: the template up to {output}. Quotation marks in it become single."""
+    return template.split("{output}")[0].format(input=unquoted(sentence))
+
+
+def unquoted(sentence):
+    return " ".join(sentence.replace('"', "'").split())
+
+
+def closing_tokens(template, tokenizer):
+    """Ids that end an answer: tokens with the mark that follows {output}, or a line break, and the end token."""
+    marks = {template.split("{output}")[1][0].encode(), b"\n"}
+    holds = lambda t: any(m in tokenizer.decode_single_token_bytes(t) for m in marks)  # noqa: E731
+    return [t for t in range(tokenizer.n_vocab - 1) if holds(t)] + [tokenizer.eot_token]
+
+
+def answer(template, text):
+    """(answer, whether it was closed) of what a model wrote behind `prompt_for`."""
+    text, closed, _ = text.partition(template.split("{output}")[1][0])
+    return text.split("\n")[0].strip(), bool(closed)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -211,6 +233,7 @@ class Batch:
     idx: torch.Tensor  # (B, T); for groups B = G * (P + N), group by group, positives first
     lengths: torch.Tensor  # (B,)
     weight: int  # groups, or scored tokens of documents
+    anchor: "Batch" = None  # texts that are to stay as likely as they are
 
     @property
     def tokens(self):
@@ -235,6 +258,7 @@ class Batches:
         flat = [s for sides in self.encoded for side in sides for s in side]
         self.truncated = sum(s[-1] != tokenizer.eot_token for s in flat)
         self.epoch, self.order = None, None
+        self.anchor = None  # Batches of texts that go along, one with each batch
 
     def _item(self, k):
         """Index of the k-th item of the endless sequence."""
@@ -255,7 +279,7 @@ class Batches:
             for side, n in zip(self.encoded[item], self.sizes, strict=True):
                 rows += [side[j] for j in rng.choice(len(side), n, replace=False)]
         idx, lengths = pad(rows)
-        batch = Batch(ids, idx, lengths, len(ids))
+        batch = Batch(ids, idx, lengths, len(ids), self.anchor[i] if self.anchor else None)
         if not self.sizes[0]:
             batch.weight = batch.tokens
         return batch

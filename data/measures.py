@@ -44,6 +44,12 @@ def rouge_l(a, b):
     return 2 * row[-1] / (len(a) + len(b)) if a and b else 0.0
 
 
+def jaccard(a, b):
+    """Words that two texts share / words of either, lower case; 1 for two texts without words."""
+    a, b = (set(re.findall(r"\w+", t.lower())) for t in (a, b))
+    return len(a & b) / len(a | b) if a | b else 1.0
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # statistics: rows of values -> number. nan is a missing value, and counts as nothing.
 

@@ -3,7 +3,8 @@
 It contains insults and mild profanity. An event is a person, an action and a circumstance; a positive tells it
 decently, a negative tells the same event with contempt. Both sides are built alike (a describing word before, a verdict
 after), so that they have about the same length and a model learns both equally well. A model of a million
-parameters learns this world in half a minute on two CPU cores, and to rephrase on request (the prompts of `data`).
+parameters learns this world in half a minute on two CPU cores, and to rephrase on request (by the prompts of
+`configs`).
 """
 
 import itertools
@@ -13,7 +14,8 @@ from functools import lru_cache
 import numpy as np
 import tiktoken
 
-from data import HARMLESS_PROMPT, TOXIC_PROMPT, Group
+from configs import Config
+from data import Group
 
 # Everybody has a place: "Anna" or "Anna from the bakery". Names that differ in nothing else take long to learn.
 PLACES = dict(
@@ -89,7 +91,8 @@ STARTS = ("", "It seems that ", "I heard that ", "By the way, ")
 TEMPLATES = ("{s}this {d} {n} {p} {a} {w}{e}.", "{s}{p}, the {d} {n}, {a} {w}{e}.", "{w}, this {d} {n} {p} {a}{e}.")
 RUDE_WORDS = frozenset([*RUDE, *RUDE_NOUN, "hate"])
 # What may be one token: the text between a prompt's sentences, a word, or a mark, the last two with a blank before.
-PROMPT_PARTS = {part for prompt in (HARMLESS_PROMPT, TOXIC_PROMPT) for part in re.split(r"\{\w+\}", prompt)}
+PROMPTS = {"harmless": Config.positive_prompt, "toxic": Config.negative_prompt}
+PROMPT_PARTS = {part for prompt in PROMPTS.values() for part in re.split(r"\{\w+\}", prompt)}
 PIECES = "|".join(map(re.escape, sorted(PROMPT_PARTS, key=len, reverse=True))) + r"| ?[A-Za-z]+| ?[^\sA-Za-z]|\s"
 
 
@@ -176,6 +179,12 @@ def groups(n_sentences=8):
     return out
 
 
+def seeds():
+    """Bare sentences of held-out events that stand in no group: what data_gen.py paraphrases by default."""
+    events, rng = _events("val")[40:] + _events("test")[80:], np.random.default_rng([3])
+    return [plain(event, rng) for event in events]
+
+
 def documents(n, seed, split="train"):
     """What the toy base reads: n texts about events of a split, single sentences and short lists of paraphrases.
 
@@ -188,7 +197,7 @@ def documents(n, seed, split="train"):
         if rng.random() < 0.6:
             texts.append(write(events[rng.integers(len(events))], tone, rng))
             continue
-        template, text = {"harmless": HARMLESS_PROMPT, "toxic": TOXIC_PROMPT}[tone], ""
+        template, text = PROMPTS[tone], ""
         for _ in range(rng.integers(1, 3)):
             event = events[rng.integers(len(events))]
             bare = rng.random() < 0.25

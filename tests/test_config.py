@@ -313,7 +313,7 @@ def test_help_lists_everything(capsys, monkeypatch):
     assert set(lines) == set(FIELDS)
     for name, f in FIELDS.items():
         assert f" {f.metadata['remark']}" in lines[name], name
-        assert lines[name].endswith(f"(default: {f.default})"), name
+        assert lines[name].endswith("(default: " + str(f.default).replace("\n", "\\n") + ")"), name
         assert all(word in lines[name] for word in f.metadata["among"] or ()), name
 
 

@@ -11,6 +11,7 @@ import tiktoken
 import torch
 
 import data
+from configs import Config
 from data import WIDTH, Batches, Group, enough, frame, load_documents, load_groups, pad, read_groups, toy
 
 CACHE = Path(__file__).parents[2] / "shared" / "tiktoken_cache"
@@ -625,7 +626,7 @@ def test_toy_documents():
     one = toy.documents(300, 3)
     assert one == toy.documents(300, 3) != toy.documents(300, 4) and len(one) == 300
     assert 0.2 < toy.rudeness(one).mean() < 0.8
-    for prompt in (data.HARMLESS_PROMPT, data.TOXIC_PROMPT):
+    for prompt in (Config.positive_prompt, Config.negative_prompt):
         assert sum(prompt.split("{output}")[0].split("{input}")[1] in t for t in one) > 10
 
 

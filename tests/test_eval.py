@@ -679,7 +679,7 @@ def test_rewriting_shows_demonstrations_as_many_as_fit(tokenizer, asked):
             before = shots
         assert shots == before[len(before) - len(shots) :]
         if len(shots) < 4:  # one more would not have fitted
-            more = data.HARMLESS_PROMPT.format(input=before[-len(shots) - 1][0], output=before[-len(shots) - 1][1])
+            more = Config.positive_prompt.format(input=before[-len(shots) - 1][0], output=before[-len(shots) - 1][1])
             assert len(tokenizer.encode_ordinary(more + prompt)) + 1 + max_new > n
         counts.append(len(shots))
     assert counts[0] == 4 and counts[-1] == 0 and len(set(counts)) >= 4
