@@ -486,7 +486,8 @@ class _HeadNLL(torch.autograd.Function):
         h, weight, target, kept = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):
             h_, weight_ = h.to(ctx.dtype), weight.to(ctx.dtype)
-            dh, dweight, gh = torch.empty_like(h), torch.zeros_like(weight), h * grad[:, None]
+            dh, gh = torch.empty_like(h), h * grad[:, None]
+            dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the embedding is frozen
             n = len(h) if kept is not None else max(1, KEEP // len(weight))
             for i in range(0, len(h), n):
                 rows, probs = slice(i, i + n), kept
@@ -494,9 +495,11 @@ class _HeadNLL(torch.autograd.Function):
                     probs = h_.new_empty(len(h_[rows]), len(weight))
                     _nll_and_probs(h_[rows], weight_, target[rows], probs)
                 dh[rows] = probs @ weight_
-                dweight += (gh[rows].to(ctx.dtype).t() @ probs).t()
+                if dweight is not None:
+                    dweight += (gh[rows].to(ctx.dtype).t() @ probs).t()
             dh = (dh - weight[target]) * grad[:, None]
-            dweight.index_add_(0, target, gh, alpha=-1)
+            if dweight is not None:
+                dweight.index_add_(0, target, gh, alpha=-1)
         return dh, dweight, None, None
 
 
@@ -536,7 +539,8 @@ class _HeadKL(torch.autograd.Function):
         h, weight, h_base, weight_base, kept = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):
             h_, weight_, h_base_, weight_base_ = (x.to(ctx.dtype) for x in (h, weight, h_base, weight_base))
-            dh, dweight, gh = torch.empty_like(h), torch.zeros_like(weight), h * grad[:, None]
+            dh, gh = torch.empty_like(h), h * grad[:, None]
+            dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the embedding is frozen
             n = len(h) if kept is not None else max(1, KEEP // len(weight))
             for i in range(0, len(h), n):
                 rows, difference = slice(i, i + n), kept
@@ -544,7 +548,8 @@ class _HeadKL(torch.autograd.Function):
                     difference = h_.new_empty(len(h_[rows]), len(weight))
                     _kl_and_difference(h_[rows], weight_, h_base_[rows], weight_base_, difference)
                 dh[rows] = difference @ weight_
-                dweight += (gh[rows].to(ctx.dtype).t() @ difference).t()
+                if dweight is not None:
+                    dweight += (gh[rows].to(ctx.dtype).t() @ difference).t()
             dh *= grad[:, None]
         return dh, dweight, None, None, None
 

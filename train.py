@@ -36,7 +36,6 @@ from model import (
     pick_dtype,
 )
 
-ANCHOR = 128
 WRITTEN = ("best.pt", "last.pt", "log.jsonl", "config.json", "summary.json")
 MACHINE = ("device", "dtype", "compile", "resume")  # settings that say where and how a run happens, not what it is
 
@@ -170,12 +169,16 @@ def set_up(config):
     dtype, reason = pick_dtype(config.dtype, device, model.config.n_embd)
     batches, held_out, test = open_data(config, tokenizer, model.config.n_positions)
     base = copy.deepcopy(model).requires_grad_(False)
-    if config.anchor_weight:
-        batches.anchor = own_texts(base, tokenizer, scorer, config, dtype)
+    if config.anchor_weight and config.objective == "cp":
+        with amp(device, dtype):
+            batches.anchor = own_texts(base, tokenizer, scorer, config)
     run = Run(config, out, model, base, dtype, tokenizer, scorer, batches, held_out, test)
 
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+    if config.freeze_embeddings:
+        model.transformer.wte.requires_grad_(False)  # the output head too: it is tied
+        model.transformer.wpe.requires_grad_(False)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices, vectors = [p for p in trained if p.dim() >= 2], [p for p in trained if p.dim() < 2]
     groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
     run.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
     run.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
@@ -233,20 +236,22 @@ def open_data(config, tokenizer, n_positions):
     return batches, held_out, groups["test"]
 
 
-def own_texts(base, tokenizer, scorer, config, dtype):
-    """Batches of texts that the base writes from nothing, drawn from its whole distribution; what the scorer calls
-    toxic is left out (that need not stay), and drawn again."""
-    texts, drawn, whole = [], 0, replace(config, temperature=1.0, top_p=1.0)
-    while len(texts) < config.anchor_texts:
-        with amp(base.device, dtype):
-            _, (rows,) = evaluation.generate(
-                base, tokenizer, [""], whole, config.seed + drawn, ANCHOR, config.anchor_tokens, what=None
-            )
-        some = [t for t in (evaluation.decode(tokenizer, row) for row in rows) if t.strip()]
-        drawn += ANCHOR
-        texts += [t for t, x in zip(some, scorer(some), strict=True) if x <= 0.5 or not config.anchor_decent]
-    texts = texts[: config.anchor_texts]
-    return data.Batches(texts, tokenizer, config.anchor_batch, config.seed, config.max_tokens)
+def own_texts(base, tokenizer, scorer, config):
+    """Batches of texts that the base writes from nothing, drawn from its whole distribution. What the scorer calls
+    toxic is left out and drawn again: that need not stay. Raises ValueError if hardly anything else comes."""
+    texts, whole = [], replace(config, temperature=1.0, top_p=1.0)
+    longest = min(config.anchor_tokens, base.config.n_positions - 1)  # behind the start token
+    for attempt in range(10):
+        how = (whole, config.seed + attempt, 1, longest, None, "the base's own texts")
+        _, rows = evaluation.generate(base, tokenizer, [""] * config.anchor_texts, *how)
+        toxic = scorer([evaluation.decode(tokenizer, row) for (row,) in rows]) > 0.5
+        texts += [[tokenizer.eot_token, *row] for (row,), x in zip(rows, toxic, strict=True) if not x]
+        if len(texts) >= config.anchor_texts:
+            texts = texts[: config.anchor_texts]
+            return data.Batches(texts, tokenizer, config.anchor_batch, config.seed, base.config.n_positions + 1)
+    raise ValueError(
+        f"of {10 * config.anchor_texts} texts of the base {config.scorer} calls all but {len(texts)} toxic"
+    )
 
 
 def try_compile(run):

@@ -67,13 +67,17 @@ class Config:
     score: str = setting("nll", "distances between log-perplexities, or between perplexities", among=("nll", "ppl"))
     nll_weight: float = setting(1.0, "weight of the positives' mean nll, nats per token; 0 disables", low=0)
     kl_weight: float = setting(0.0, "weight of KL(base || model) on the positives, nats per token; 0 disables", low=0)
-    anchor_weight: float = setting(0.0, "the same on texts that the base writes itself beforehand; 0 disables", low=0)
-    anchor_texts: int = setting(256, "texts that it writes for that, as the scorer does not call toxic", low=1)
-    anchor_tokens: int = setting(64, "longest of them, tokens", low=1)
-    anchor_batch: int = setting(8, "of them per forward pass", low=1)
-    anchor_decent: bool = setting(True, "")
+    anchor_weight: float = setting(0.0, "weight of the same KL on texts that the base wrote itself; 0 disables", low=0)
+    anchor_texts: int = setting(
+        256, "how many it writes for that before training; none that the scorer calls toxic", low=1
+    )
+    anchor_tokens: int = setting(192, "longest of them, tokens", low=1)
+    anchor_batch: int = setting(4, "of them in each forward pass", low=1)
 
     # the optimiser (AdamW)
+    freeze_embeddings: bool = setting(
+        False, "tokens and positions stay as they are: AdamW moves rare ones as far as any"
+    )
     max_steps: int = setting(200, "optimiser steps", low=1)
     batch_size: int = setting(6, "groups (cp) or documents (lm) per forward pass", low=1)
     grad_accum: int = setting(1, "forward passes per step: a step sees batch_size * grad_accum", low=1)

@@ -245,7 +245,8 @@ class Batches:
     """The endless, shuffled sequence of batches: batches[i] is a pure function of data, settings, seed and i.
 
     So a run resumes by its step alone, and k batches of B/k hold what one of B holds. Items are reshuffled every
-    epoch. With groups (n_pos, n_neg > 0), P positives and N negatives are drawn without replacement each time.
+    epoch. An item is a group, a text, or a framed list of ids. With groups (n_pos, n_neg > 0), P positives and N
+    negatives are drawn without replacement each time.
     """
 
     def __init__(self, items, tokenizer, batch_size, seed, max_tokens, n_pos=0, n_neg=0):
@@ -254,7 +255,8 @@ class Batches:
         self.batch_size, self.seed, self.sizes = batch_size, seed, (n_pos, n_neg)
         self.ids = [item.id if n_pos else f"document {i}" for i, item in enumerate(items)]
         texts = [(item.positives, item.negatives) if n_pos else ([item],) for item in items]
-        self.encoded = [[[frame(t, tokenizer, max_tokens) for t in side] for side in sides] for sides in texts]
+        encode = lambda t: t[:max_tokens] if isinstance(t, list) else frame(t, tokenizer, max_tokens)  # noqa: E731
+        self.encoded = [[[encode(t) for t in side] for side in sides] for sides in texts]
         flat = [s for sides in self.encoded for side in sides for s in side]
         self.truncated = sum(s[-1] != tokenizer.eot_token for s in flat)
         self.epoch, self.order = None, None

@@ -418,6 +418,37 @@ def test_kl_gradient_flows_only_to_self(monkeypatch):
         assert max_diff(p.grad, want) < 1e-5 * max(1.0, want.abs().max().item()), name
 
 
+@pytest.mark.parametrize("keep", [2**27, 37 * 3])
+def test_kl_in_bf16_and_in_parts_is_close(monkeypatch, keep):
+    """The backward pass with the kept difference, and with one that is computed again."""
+    net, base, (idx, lengths) = tiny(), tiny(seed=3), batch()
+    net.sequence_kl(base, idx, lengths).sum().backward()
+    want = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    monkeypatch.setattr(model_py, "KEEP", keep)
+    net.sequence_kl(base, idx, lengths).sum().backward()
+    assert all(max_diff(p.grad, w) < 1e-5 for p, w in zip(net.parameters(), want, strict=True))
+    net.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        net.sequence_kl(base, idx, lengths).sum().backward()
+    assert all(max_diff(p.grad, w) < 0.1 * w.abs().max() for p, w in zip(net.parameters(), want, strict=True))
+
+
+@pytest.mark.parametrize("score", ["nll", "kl"])
+def test_a_frozen_head_leaves_the_other_gradients_alone(score):
+    net, base, (idx, lengths) = tiny(), tiny(seed=3), batch()
+    value = lambda: net.sequence_nll(idx, lengths) if score == "nll" else net.sequence_kl(base, idx, lengths)  # noqa: E731
+    value().sum().backward()
+    want = {name: p.grad.clone() for name, p in net.named_parameters()}
+    net.zero_grad()
+    net.transformer.wte.requires_grad_(False)
+    value().sum().backward()
+    assert net.lm_head.weight.grad is None
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, want[name])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # generation
 
@@ -975,3 +1006,39 @@ def test_base_mini():
     greedy, _ = ours.generate(idx[:, :6], torch.tensor([6, 4]), 20, temperature=0)
     for b, n in enumerate((6, 4)):
         assert greedy[b].tolist() == argmax_loop(lambda x: hf(x).logits, idx[b, :n], 20)[0].tolist()
+
+
+@pytest.mark.parametrize("sampling", [dict(top_p=0.8), dict(top_k=5), dict(temperature=0)])
+def test_a_prefix_read_once_is_the_beginning_of_every_prompt(sampling):
+    net = GPT(LONG)
+    for p in net.parameters():
+        p.data.mul_(3)  # so that attention matters
+    prefix, (idx, lengths) = list(range(7, 40)), batch()
+    idx = idx % LONG.vocab_size
+    whole = torch.cat([torch.tensor(prefix).expand(len(idx), -1), idx], 1)
+    random = torch.rand(3 * len(idx), 9, 4, generator=torch.Generator().manual_seed(1))
+    how = dict(max_new_tokens=9, stop_token=5, generator=random, samples=3, **sampling)
+    want, count = net.generate(whole, lengths + len(prefix), **how)
+    got, n = net.generate(idx, lengths, prefix=net.read_prefix(prefix), **how)
+    assert torch.equal(got, want) and torch.equal(n, count)
+    other, _ = net.generate(idx, lengths, **how)
+    assert not torch.equal(other, want)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = net.generate(idx, lengths, prefix=net.read_prefix(prefix), **how)
+    assert (got == want).float().mean() > 0.5
+
+
+def test_a_prefix_counts_towards_the_context():
+    net, (idx, lengths) = GPT(LONG), batch()
+    with pytest.raises(ValueError, match="context is 128"):
+        net.generate(idx % 61, lengths, 20, prefix=net.read_prefix([1] * 105))
+    with pytest.raises(ValueError, match="context is 128"):
+        net.read_prefix([1] * 129)
+
+
+def test_noise_may_be_given():
+    net, (idx, lengths) = GPT(LONG), batch()
+    seeded = net.generate(idx % 61, lengths, 6, generator=torch.Generator().manual_seed(4), samples=2)
+    random = torch.rand(2 * len(idx), 6, 4, generator=torch.Generator().manual_seed(4))
+    given = net.generate(idx % 61, lengths, 6, generator=random, samples=2)
+    assert torch.equal(seeded[0], given[0])

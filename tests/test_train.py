@@ -188,6 +188,47 @@ def test_objective_is_what_its_parts_say(base, tmp_path):
     torch.testing.assert_close(parts["cp"], contrastive_perplexity(phi[:, :5], phi[:, 5:], tau=config.tau)[0])
 
 
+def test_the_anchor_is_the_kl_per_token_of_the_bases_own_texts(base, tmp_path):
+    config = cp_config(base, tmp_path, "--anchor_weight=3", "--anchor_texts=6", "--anchor_batch=4", "--anchor_tokens=9")
+    run = train.set_up(config)
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
+    batch = run.batches[1]
+    idx, lengths = batch.anchor.idx, batch.anchor.lengths
+    assert len(idx) == 4 and lengths.max() <= 11 and not torch.equal(idx, run.batches[0].anchor.idx)
+    loss, parts = train.objective(run.model, run.base, batch, config)
+    terms = []
+    for row, n in zip(idx, lengths.tolist(), strict=True):
+        p, q = (m(row[None, : n - 1])[0].log_softmax(-1) for m in (run.base, run.model))
+        terms += (p.exp() * (p - q)).sum(-1).tolist()
+    assert float(parts["kl_anchor"]) == pytest.approx(np.mean(terms), rel=1e-4) and np.mean(terms) > 1e-3
+    torch.testing.assert_close(loss, parts["cp"] + parts["nll"] + 3 * parts["kl_anchor"])
+
+
+def test_the_bases_own_texts_are_not_toxic_and_always_the_same(base, tmp_path):
+    run = train.set_up(cp_config(base, tmp_path))
+    config = cp_config(base, tmp_path, "--anchor_texts=20", "--anchor_tokens=15", "--temperature=0")
+    free = evaluation.generate(run.base, run.tokenizer, [""] * 20, Config(top_p=1.0), config.seed, 1, 15)[1]
+    toxic = run.scorer([evaluation.decode(run.tokenizer, row) for (row,) in free]) > 0.5
+    assert 0 < toxic.sum() < 20  # drawn from the whole distribution, whatever the samples' settings are
+    ours = [train.own_texts(run.base, run.tokenizer, run.scorer, config) for _ in range(2)]
+    rows = [[x[0][0] for x in batches.encoded] for batches in ours]
+    assert rows[0] == rows[1] and len(rows[0]) == 20
+    assert not (run.scorer([run.tokenizer.decode(r) for r in rows[0]]) > 0.5).any()
+    wanted = [[run.tokenizer.eot_token, *row] for (row,), x in zip(free, toxic, strict=True) if not x]
+    assert rows[0][: len(wanted)] == wanted  # the ids as they were drawn
+    with pytest.raises(ValueError, match="of 200 texts of the base data.toy:rudeness calls all but 0 toxic"):
+        train.own_texts(run.base, run.tokenizer, lambda texts: np.ones(len(texts)), config)
+
+
+def test_frozen_embeddings_stay_and_the_rest_learns(base, tmp_path):
+    train.train(cp_config(base, tmp_path, "--freeze_embeddings"))
+    before, after = state(base)["model"], state(tmp_path / "last.pt")["model"]
+    same = {k for k in before if torch.equal(before[k], after[k])}
+    assert same == {"transformer.wte.weight", "transformer.wpe.weight", "lm_head.weight"}
+
+
 def test_non_finite_loss_stops_and_names_step_and_groups(base, tmp_path, monkeypatch):
     real, calls = train.objective, []
 
