@@ -183,8 +183,9 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------------------
     # scores
 
-    def _used_hidden(self, idx, lengths):
-        """Hidden states at the positions that predict a real token: (N, C), with their row and column, (N,) each."""
+    def _scored(self, idx, lengths, start=None):
+        """Hidden states at the positions that predict a scored token: (N, C), with their row and column, (N,) each, and
+        the number of such tokens in a row (B,). Scored are the real tokens from position `start` (B,) on, default 1."""
         B, T = idx.size(0), idx.size(1) - 1
         if lengths.shape != (B,) or lengths.min() < 2 or lengths.max() > T + 1:
             raise ValueError(f"lengths must be ({B},) in 2..{T + 1} (start token included), got {lengths.tolist()}")
@@ -193,7 +194,14 @@ class GPT(nn.Module):
         index = used.flatten().nonzero()[:, 0].to(idx.device)  # (N,) into B*T
         rows, cols = index // T, index % T
         hidden = self.compiled_hidden or self.hidden
-        return hidden(idx[rows, cols], cols, pack=(index, B, T, None)), rows, cols
+        h, count = hidden(idx[rows, cols], cols, pack=(index, B, T, None)), (lengths - 1).to(idx.device)
+        if start is not None:
+            start = start.to(idx.device).clamp(min=1)
+            keep = cols + 1 >= start[rows]
+            h, rows, cols, count = h[keep], rows[keep], cols[keep], lengths.to(idx.device) - start
+            if (count < 1).any():
+                raise ValueError("nothing to score: `start` lies behind the end of a row")
+        return h, rows, cols, count
 
     def sequence_nll(self, idx, lengths, start=None):
         """Score phi: the mean negative log-likelihood per scored token.
@@ -206,34 +214,27 @@ class GPT(nn.Module):
         Shape: (B,) nats, fp32. Memory does not grow with B * T * V: the head runs only where a token is scored, in
         chunks. Keep lengths on the CPU: then nothing waits for the GPU. Raises ValueError on impossible lengths.
         """
-        h, rows, cols = self._used_hidden(idx, lengths)
-        count = (lengths - 1).to(idx.device)
-        if start is not None:
-            start = start.to(idx.device).clamp(min=1)
-            keep = cols + 1 >= start[rows]
-            h, rows, cols, count = h[keep], rows[keep], cols[keep], lengths.to(idx.device) - start
-            if (count < 1).any():
-                raise ValueError("nothing to score: `start` lies behind the end of a row")
+        h, rows, cols, count = self._scored(idx, lengths, start)
         nll = _HeadNLL.apply(h, self.lm_head.weight, idx[rows, cols + 1], torch.is_grad_enabled())  # (N,)
         return (_row_sums(nll, rows, idx.size(0)) / count).float()
 
-    def sequence_kl(self, base, idx, lengths):
+    def sequence_kl(self, base, idx, lengths, start=None):
         """Mean KL(base || self) per scored token: how far this model moved from `base` on these texts.
 
         Shapes as in `sequence_nll`; (B,) nats, fp32, differentiable in self only, chunked as the head is.
         """
         with torch.no_grad():
-            h_base = base._used_hidden(idx, lengths)[0]
-        h, rows, _ = self._used_hidden(idx, lengths)
+            h_base = base._scored(idx, lengths, start)[0]
+        h, rows, _, count = self._scored(idx, lengths, start)
 
         per_token = _HeadKL.apply(h, self.lm_head.weight, h_base, base.lm_head.weight, torch.is_grad_enabled())
-        return (_row_sums(per_token, rows, idx.size(0)) / (lengths - 1).to(idx.device)).float()
+        return (_row_sums(per_token, rows, idx.size(0)) / count).float()
 
     @torch.no_grad()
     def mean_hidden(self, idx, lengths):
         """Mean of the last hidden states over the real tokens but the last. Shapes as in `sequence_nll` -> (B, C)."""
-        h, rows, _ = self._used_hidden(idx, lengths)
-        return (_row_sums(h, rows, len(idx)) / (lengths - 1)[:, None].to(h.device)).float()
+        h, rows, _, count = self._scored(idx, lengths)
+        return (_row_sums(h, rows, len(idx)) / count[:, None]).float()
 
     @torch.no_grad()
     def choice_nll(self, contexts, choices):

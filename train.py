@@ -112,10 +112,15 @@ def objective(model, base, batch, config):
         rows = [r for r in range(len(idx)) if r % (config.n_pos + config.n_neg) < config.n_pos]
         kl = model.sequence_kl(base, idx[rows], batch.lengths[rows]).mean()
         loss, log["kl"] = loss + config.kl_weight * kl, kl.detach()
-    if config.anchor_weight:
-        per_text = model.sequence_kl(base, batch.anchor.idx.to(model.device, non_blocking=True), batch.anchor.lengths)
-        kl = language_modelling(per_text, (batch.anchor.lengths - 1).to(per_text.device))  # the mean over tokens
-        loss, log["kl_anchor"] = loss + config.anchor_weight * kl, kl.detach()
+    if anchor := batch.anchor:
+        rows = anchor.idx.to(model.device, non_blocking=True), anchor.lengths, anchor.start
+        count = (anchor.lengths - anchor.start).to(model.device)
+        if config.anchor_kl:
+            kl = language_modelling(model.sequence_kl(base, *rows), count)
+            loss, log["anchor_kl"] = loss + config.anchor_kl * kl, kl.detach()
+        if config.anchor_nll:
+            nll = language_modelling(model.sequence_nll(*rows), count)
+            loss, log["anchor_nll"] = loss + config.anchor_nll * nll, nll.detach()
     return loss, log
 
 
@@ -169,9 +174,9 @@ def set_up(config):
     dtype, reason = pick_dtype(config.dtype, device, model.config.n_embd)
     batches, held_out, test = open_data(config, tokenizer, model.config.n_positions)
     base = copy.deepcopy(model).requires_grad_(False)
-    if config.anchor_weight and config.objective == "cp":
+    if config.objective == "cp" and config.anchor_kl + config.anchor_nll:
         with amp(device, dtype):
-            batches.anchor = own_texts(base, tokenizer, scorer, config)
+            batches.anchor = own_texts(base, tokenizer, scorer, config, data.load_groups(config.data)["train"])
     run = Run(config, out, model, base, dtype, tokenizer, scorer, batches, held_out, test)
 
     if config.freeze_embeddings:
@@ -236,22 +241,30 @@ def open_data(config, tokenizer, n_positions):
     return batches, held_out, groups["test"]
 
 
-def own_texts(base, tokenizer, scorer, config):
-    """Batches of texts that the base writes from nothing, drawn from its whole distribution. What the scorer calls
-    toxic is left out and drawn again: that need not stay. Raises ValueError if hardly anything else comes."""
-    texts, whole = [], replace(config, temperature=1.0, top_p=1.0)
-    longest = min(config.anchor_tokens, base.config.n_positions - 1)  # behind the start token
-    for attempt in range(10):
-        how = (whole, config.seed + attempt, 1, longest, None, "the base's own texts")
-        _, rows = evaluation.generate(base, tokenizer, [""] * config.anchor_texts, *how)
-        toxic = scorer([evaluation.decode(tokenizer, row) for (row,) in rows]) > 0.5
-        texts += [[tokenizer.eot_token, *row] for (row,), x in zip(rows, toxic, strict=True) if not x]
-        if len(texts) >= config.anchor_texts:
-            texts = texts[: config.anchor_texts]
-            return data.Batches(texts, tokenizer, config.anchor_batch, config.seed, base.config.n_positions + 1)
-    raise ValueError(
-        f"of {10 * config.anchor_texts} texts of the base {config.scorer} calls all but {len(texts)} toxic"
+def own_texts(base, tokenizer, scorer, config, groups):
+    """Batches of texts that the base writes itself, drawn from its whole distribution: from nothing, or from where the
+    negatives of the groups become toxic (then only what follows counts). What the scorer calls toxic is left out and
+    drawn again: that need not stay. Raises ValueError if hardly anything else comes."""
+    begins = evaluation.cut_prompts([g.negatives for g in groups], scorer, 0)
+    room = base.config.n_positions - 1 - max(len(tokenizer.encode_ordinary(b)) for b in begins)
+    n, longest, whole = (
+        config.anchor_texts,
+        min(config.anchor_tokens, room),
+        replace(config, temperature=1.0, top_p=1.0),
     )
+    rng, texts, starts = np.random.default_rng([config.seed, 2]), [], []
+    for attempt in range(10):
+        prompts = [str(b) if rng.random() < config.anchor_prompted else "" for b in rng.choice(begins, n)]
+        how = (whole, config.seed + attempt, 1, longest, None, "the base's own texts")
+        begun, rows = evaluation.generate(base, tokenizer, prompts, *how)
+        toxic = scorer([evaluation.decode(tokenizer, row) for (row,) in rows]) > 0.5
+        kept = [(start, row) for start, (row,), x in zip(begun, rows, toxic, strict=True) if not x]
+        texts += [start + row for start, row in kept]
+        starts += [len(start) for start, _ in kept]
+        if len(texts) >= n:
+            sizes = (config.anchor_batch, config.seed, base.config.n_positions + 1)
+            return data.Batches(texts[:n], tokenizer, *sizes, starts=starts[:n])
+    raise ValueError(f"of {10 * n} texts of the base {config.scorer} calls all but {len(texts)} toxic")
 
 
 def try_compile(run):

@@ -56,7 +56,7 @@ class Config:
         128, "longer sentences lose their end and are counted; start and end token included", low=3
     )
 
-    # the objective: for 'cp' cp_weight * CP + nll_weight * NLL + kl_weight * KL + anchor_weight * KL of other texts
+    # the objective: 'lm' is next-token loss; 'cp' is cp_weight * CP + nll_weight * NLL + kl_weight * KL, plus anchors
     objective: str = setting("cp", "cp: contrastive perplexity; lm: language modelling", among=("cp", "lm"))
     cp_weight: float = setting(1.0, "weight of the contrastive term; 0 leaves plain fine-tuning on positives", low=0)
     tau: float = setting(0.3, "temperature, nats: how far negatives are pushed", above=0)
@@ -67,12 +67,14 @@ class Config:
     score: str = setting("nll", "distances between log-perplexities, or between perplexities", among=("nll", "ppl"))
     nll_weight: float = setting(1.0, "weight of the positives' mean nll, nats per token; 0 disables", low=0)
     kl_weight: float = setting(0.0, "weight of KL(base || model) on the positives, nats per token; 0 disables", low=0)
-    anchor_weight: float = setting(0.0, "weight of the same KL on texts that the base wrote itself; 0 disables", low=0)
+    anchor_kl: float = setting(0.0, "weight of the same KL on texts that the base wrote itself; 0 disables", low=0)
+    anchor_nll: float = setting(0.0, "weight of the nll of these texts, nats per token; 0 disables", low=0)
     anchor_texts: int = setting(
         256, "how many it writes for that before training; none that the scorer calls toxic", low=1
     )
-    anchor_tokens: int = setting(192, "longest of them, tokens", low=1)
-    anchor_batch: int = setting(4, "of them in each forward pass", low=1)
+    anchor_prompted: float = setting(0.5, "share of them that go on from the beginning of a toxic one", low=0, high=1)
+    anchor_tokens: int = setting(128, "longest of them, tokens", low=1)
+    anchor_batch: int = setting(6, "of them in each forward pass", low=1)
 
     # the optimiser (AdamW)
     freeze_embeddings: bool = setting(

@@ -233,7 +233,8 @@ class Batch:
     idx: torch.Tensor  # (B, T); for groups B = G * (P + N), group by group, positives first
     lengths: torch.Tensor  # (B,)
     weight: int  # groups, or scored tokens of documents
-    anchor: "Batch" = None  # texts that are to stay as likely as they are
+    start: torch.Tensor = None  # (B,) of texts: scored from this position on; 1 is all of them
+    anchor: "Batch" = None  # texts that go along
 
     @property
     def tokens(self):
@@ -249,7 +250,7 @@ class Batches:
     negatives are drawn without replacement each time.
     """
 
-    def __init__(self, items, tokenizer, batch_size, seed, max_tokens, n_pos=0, n_neg=0):
+    def __init__(self, items, tokenizer, batch_size, seed, max_tokens, n_pos=0, n_neg=0, starts=None):
         if batch_size > len(items):
             raise ValueError(f"batch_size={batch_size}, but there are only {len(items)} training items: lower it")
         self.batch_size, self.seed, self.sizes = batch_size, seed, (n_pos, n_neg)
@@ -260,6 +261,7 @@ class Batches:
         flat = [s for sides in self.encoded for side in sides for s in side]
         self.truncated = sum(s[-1] != tokenizer.eot_token for s in flat)
         self.epoch, self.order = None, None
+        self.starts = starts  # of the items
         self.anchor = None  # Batches of texts that go along, one with each batch
 
     def _item(self, k):
@@ -270,18 +272,20 @@ class Batches:
         return int(self.order[i])
 
     def __getitem__(self, i):
-        ids, rows = [], []
+        ids, rows, starts = [], [], []
         for k in range(i * self.batch_size, (i + 1) * self.batch_size):
             item = self._item(k)
             ids.append(self.ids[item])
             if not self.sizes[0]:
                 rows.append(self.encoded[item][0][0])
+                starts.append(self.starts[item] if self.starts else 1)
                 continue
             rng = np.random.default_rng([self.seed, 1, k])
             for side, n in zip(self.encoded[item], self.sizes, strict=True):
                 rows += [side[j] for j in rng.choice(len(side), n, replace=False)]
         idx, lengths = pad(rows)
-        batch = Batch(ids, idx, lengths, len(ids), self.anchor[i] if self.anchor else None)
+        start = torch.tensor(starts) if starts else None
+        batch = Batch(ids, idx, lengths, len(ids), start, self.anchor[i] if self.anchor else None)
         if not self.sizes[0]:
             batch.weight = batch.tokens
         return batch

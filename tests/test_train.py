@@ -188,38 +188,60 @@ def test_objective_is_what_its_parts_say(base, tmp_path):
     torch.testing.assert_close(parts["cp"], contrastive_perplexity(phi[:, :5], phi[:, 5:], tau=config.tau)[0])
 
 
-def test_the_anchor_is_the_kl_per_token_of_the_bases_own_texts(base, tmp_path):
-    config = cp_config(base, tmp_path, "--anchor_weight=3", "--anchor_texts=6", "--anchor_batch=4", "--anchor_tokens=9")
+def test_the_anchors_are_kl_and_nll_per_token_of_what_the_base_wrote(base, tmp_path):
+    config = cp_config(
+        base, tmp_path, *"--anchor_kl=3 --anchor_nll=0.5 --anchor_texts=9 --anchor_batch=4 --anchor_tokens=9".split()
+    )
     run = train.set_up(config)
     with torch.no_grad():
         for p in run.model.parameters():
             p.add_(0.02 * torch.randn(p.shape, generator=torch.Generator().manual_seed(0)))
     batch = run.batches[1]
-    idx, lengths = batch.anchor.idx, batch.anchor.lengths
-    assert len(idx) == 4 and lengths.max() <= 11 and not torch.equal(idx, run.batches[0].anchor.idx)
+    idx, lengths, start = batch.anchor.idx, batch.anchor.lengths, batch.anchor.start
+    assert len(idx) == 4 and (lengths - start).max() <= 9 and not torch.equal(idx, run.batches[0].anchor.idx)
     loss, parts = train.objective(run.model, run.base, batch, config)
-    terms = []
-    for row, n in zip(idx, lengths.tolist(), strict=True):
-        p, q = (m(row[None, : n - 1])[0].log_softmax(-1) for m in (run.base, run.model))
-        terms += (p.exp() * (p - q)).sum(-1).tolist()
-    assert float(parts["kl_anchor"]) == pytest.approx(np.mean(terms), rel=1e-4) and np.mean(terms) > 1e-3
-    torch.testing.assert_close(loss, parts["cp"] + parts["nll"] + 3 * parts["kl_anchor"])
+    kl, nll = [], []
+    for row, n, first in zip(idx, lengths.tolist(), start.tolist(), strict=True):
+        p, q = (m(row[None, : n - 1])[0].log_softmax(-1)[first - 1 :] for m in (run.base, run.model))
+        kl += (p.exp() * (p - q)).sum(-1).tolist()
+        nll += [-x[t].item() for x, t in zip(q, row[first:n].tolist(), strict=True)]
+    assert float(parts["anchor_kl"]) == pytest.approx(np.mean(kl), rel=1e-4) and np.mean(kl) > 1e-3
+    assert float(parts["anchor_nll"]) == pytest.approx(np.mean(nll), rel=1e-4)
+    torch.testing.assert_close(loss, parts["cp"] + parts["nll"] + 3 * parts["anchor_kl"] + 0.5 * parts["anchor_nll"])
 
 
 def test_the_bases_own_texts_are_not_toxic_and_always_the_same(base, tmp_path):
+    """Half from nothing, half from where a training negative has just become toxic; as they were drawn, from the
+    whole distribution, whatever the samples' settings are."""
     run = train.set_up(cp_config(base, tmp_path))
-    config = cp_config(base, tmp_path, "--anchor_texts=20", "--anchor_tokens=15", "--temperature=0")
-    free = evaluation.generate(run.base, run.tokenizer, [""] * 20, Config(top_p=1.0), config.seed, 1, 15)[1]
-    toxic = run.scorer([evaluation.decode(run.tokenizer, row) for (row,) in free]) > 0.5
-    assert 0 < toxic.sum() < 20  # drawn from the whole distribution, whatever the samples' settings are
-    ours = [train.own_texts(run.base, run.tokenizer, run.scorer, config) for _ in range(2)]
-    rows = [[x[0][0] for x in batches.encoded] for batches in ours]
-    assert rows[0] == rows[1] and len(rows[0]) == 20
-    assert not (run.scorer([run.tokenizer.decode(r) for r in rows[0]]) > 0.5).any()
-    wanted = [[run.tokenizer.eot_token, *row] for (row,), x in zip(free, toxic, strict=True) if not x]
-    assert rows[0][: len(wanted)] == wanted  # the ids as they were drawn
-    with pytest.raises(ValueError, match="of 200 texts of the base data.toy:rudeness calls all but 0 toxic"):
-        train.own_texts(run.base, run.tokenizer, lambda texts: np.ones(len(texts)), config)
+    config = cp_config(base, tmp_path, "--anchor_texts=40", "--anchor_tokens=15", "--temperature=0")
+    groups, tokenizer = data.load_groups("toy")["train"], run.tokenizer
+    make = lambda scorer=run.scorer, c=config: train.own_texts(run.base, tokenizer, scorer, c, groups)  # noqa: E731
+    batches, again = make(), make()
+    rows = [x[0][0] for x in batches.encoded]
+    assert rows == [x[0][0] for x in again.encoded] and batches.starts == again.starts and len(rows) == 40
+    begun = [tokenizer.decode(r[1:s]) for r, s in zip(rows, batches.starts, strict=True)]
+    written = [tokenizer.decode(r[s:]) for r, s in zip(rows, batches.starts, strict=True)]
+    assert 8 < sum(not b for b in begun) < 32
+    begins = set(evaluation.cut_prompts([g.negatives for g in groups], run.scorer, 0))
+    assert all(b in begins for b in begun if b) and not (run.scorer(written) > 0.5).any()
+    assert max(len(r) - s for r, s in zip(rows, batches.starts, strict=True)) <= 15 and len(set(written)) > 30
+    assert {r[-1] == tokenizer.eot_token for r in rows} == {True, False}  # ended, and cut
+    free = make(c=cp_config(base, tmp_path, "--anchor_texts=40", "--anchor_prompted=0"))
+    assert set(free.starts) == {1}
+    with pytest.raises(ValueError, match="of 400 texts of the base data.toy:rudeness calls all but 0 toxic"):
+        make(scorer=lambda texts: np.ones(len(texts)) if len(texts) == 40 else run.scorer(texts))
+
+
+def test_resume_is_exact_with_anchors(base, tmp_path):
+    flags = (
+        "--lr=1e-3 --min_lr=1e-3 --anchor_kl=1 --anchor_nll=1 --anchor_texts=8 --anchor_tokens=9 --freeze_embeddings"
+    )
+    train.train(cp_config(base, tmp_path / "whole", *flags.split()))
+    train.train(cp_config(base, tmp_path / "parts", *flags.split(), "--max_steps=3"))
+    train.train(cp_config(base, tmp_path / "parts", *flags.split(), "--resume"))
+    assert_same(*(state(tmp_path / n / "last.pt")["model"] for n in ("whole", "parts")))
+    assert records(tmp_path / "whole") == records(tmp_path / "parts")
 
 
 def test_frozen_embeddings_stay_and_the_rest_learns(base, tmp_path):
