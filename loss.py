@@ -30,8 +30,10 @@ Differences from the paper, and from the code released with it:
    bars, so that every negative is pushed up. (Positives keep the bars: they gather round c.)
 4. The gradient also flows through c_i: positives can move as one. detach_centroid=True holds the prototype still.
 5. Nothing in J keeps the model a language model: any common shift of all scores is free, and negatives may be pushed
-   out of sight for ever. The two anchors of train.py, which are not in the paper, hold it: nll_weight (mean phi of the
-   positives) and kl_weight (KL from the frozen base model, per token, on the positives).
+   out of sight for ever. The anchors of train.py, which are not in the paper, hold it: nll_weight (mean phi of the
+   positives), kl_weight (KL from the frozen base model, per token, on the positives), and anchor_nll and anchor_kl,
+   the same two on texts that the base has written itself and that are not toxic: short positives hold their like,
+   not the rest of the model.
 """
 
 import math

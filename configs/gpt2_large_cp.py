@@ -7,3 +7,4 @@ init_from = "gpt2-large"
 batch_size = 3
 grad_accum = 2
 lr = 3e-5
+anchor_batch = 8

@@ -7,3 +7,4 @@ init_from = "gpt2-xl"
 batch_size = 2
 grad_accum = 3
 lr = 2e-5
+anchor_batch = 5

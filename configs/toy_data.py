@@ -1,5 +1,5 @@
 # Groups sampled from the toy base: paraphrases of events that it has never read, decent and rude, in half a minute.
-# python train.py configs/toy_cp.py --data=out/toy_data/groups.jsonl --out_dir=out/toy_own    trains on them.
+# python train.py configs/toy_cp.py --data=out/toy_data/groups.jsonl --anchor_nll=2 --out_dir=out/toy_own trains on it.
 # This base has learned to paraphrase from the prompt alone, so that it needs no demonstration (shots).
 out_dir = "out/toy_data"
 init_from = "configs/toy_base.py"
@@ -11,6 +11,6 @@ scorer = "data.toy:rudeness"
 shots = 0
 k = 32
 batch_size = 32
-temperature = 0.5
+temperature = 0.6
 min_overlap = 0.5
 max_length = 3.0

@@ -25,6 +25,7 @@ from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+FEW = "--anchor_texts=4 --anchor_batch=4 --anchor_tokens=16".split()
 SMALL = "--eval_samples=25 --eval_groups=4 --sample_tokens=12 --batch_size=4".split()
 
 
@@ -459,7 +460,7 @@ def test_lm_on_a_text_file(tmp_path):
 def test_gpt2_config_on_a_small_real_gpt2(few_groups, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     where = [f"--init_from={SHARED / 'base_mini'}", f"--out_dir={tmp_path}", f"--data={few_groups}"]
-    flags = [*SMALL, "--max_steps=2", "--warmup_steps=0", "--eval_interval=0"]
+    flags = [*SMALL, *FEW, "--max_steps=2", "--warmup_steps=0", "--eval_interval=0"]
     summary = train.train(load_config([str(ROOT / "configs/gpt2_cp.py"), *where, *flags]))
     assert summary["tuned"]["ppl_positive"] < summary["base"]["ppl_positive"]
 
@@ -473,7 +474,15 @@ def test_gpt2_config_on_a_full_size_folder(few_groups, tmp_path, monkeypatch):
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config()).save_pretrained(tmp_path / "gpt2")
     where = [f"--init_from={tmp_path / 'gpt2'}", f"--out_dir={tmp_path / 'o'}", f"--data={few_groups}"]
-    flags = [*SMALL, "--max_steps=2", "--warmup_steps=0", "--eval_interval=0", "--batch_size=1", "--sample_tokens=4"]
+    flags = [
+        *SMALL,
+        *FEW,
+        "--max_steps=2",
+        "--warmup_steps=0",
+        "--eval_interval=0",
+        "--batch_size=1",
+        "--sample_tokens=4",
+    ]
     summary = train.train(load_config([str(ROOT / "configs/gpt2_cp.py"), *where, *flags]))
     assert summary["tuned"]["ppl_positive"] < 0.9 * summary["base"]["ppl_positive"]
     shutil.rmtree(tmp_path)
