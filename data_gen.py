@@ -1,464 +1,342 @@
-"""Groups for training, sampled from the base model itself: `python data_gen.py configs/toy_data.py`.
+"""Groups for training, sampled from the base model itself.
 
-A base GPT-2 that has seen some sentences with their polite paraphrases goes on in that manner, and with rude ones as
-well. Each seed sentence is put behind such demonstrations, a benign and an adversarial prompt, and what the model
-writes is filtered: positives and negatives that say the same thing and are about as probable (hard negatives), which is
-what contrastive perplexity is trained on. Another attribute than toxicity is another pair of prompts, demonstrations
-and scorer: configs/gpt2_formal_data.py.
+A base GPT-2 goes on as its prompt began: behind demonstrations of polite paraphrases it writes
+polite ones, behind rude ones rude ones. Each seed sentence is put behind both. What comes is
+filtered by form, length, ROUGE-L with the seed, toxicity and near-duplicates (rejection sampling).
+Of the negatives that pass, those closest to the positives in length and log-perplexity are kept:
+hard negatives. For another attribute than toxicity see configs/gpt2_formal_data.py.
 
-    python data_gen.py configs/gpt2_data.py --seeds=my_sentences.txt --data_out=data/mine.jsonl
-    python train.py configs/gpt2_cp.py --data=data/mine.jsonl
+    python data_gen.py configs/gpt2_data.py --seeds=my_sentences.txt --out_dir=out/mine
+    python train.py configs/gpt2_cp.py --data=out/mine/groups.jsonl
 
-Seeds are taken in blocks of batch_size. The random numbers belong to a seed, a prompt and a round, so that a group does
-not depend on its neighbours; a block that is done is in the file, and --resume goes on with the next.
+A group depends on its own random numbers, not on its neighbours. Each block of seeds is written to
+the log, then its groups to groups.jsonl; --resume goes on behind the last whole block of the log.
 """
 
-import hashlib
-import json
+from configs import before_torch, find, load_config
+
+if __name__ == "__main__":
+    before_torch("data_gen", __doc__)
+
 import math
-import sys
 import time
 import zlib
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
-from configs import Config, find, load_config
-from data import report
-from data.measures import jaccard, rouge_l
-from model import GPT, amp, atomic_write, keep_freed_memory, pick_device, pick_dtype
+import data.toy
+from data.prompts import answer, closing_tokens, few_shot, prompt_for, unquoted
+from engine.run import Log, one_line_errors
+from measures import open_setup, report
+from measures.groups import frames, scores
+from measures.samples import decode
+from measures.statistics import jaccard, rouge_l
+from train import starting_model
 
 SIDES = ("positive", "negative")
-DEAL = ("train",) * 7 + ("val",) + ("test",) * 2  # the split of seed 0, 1, 2, ... that has none of its own
-SCORED = 64  # sentences per forward pass
+SURPLUS = 2  # sampling for a prompt stops at SURPLUS times the wanted number, so that there is a choice
+MAX_JACCARD = 0.8  # of the words of two paraphrases in a group; more is a near-duplicate
+DEALT = ("train",) * 7 + ("val",) + ("test",) * 2  # splits of seeds that have none of their own, in turn
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# filters: each gives the reason why a paraphrase is turned away, or None
+# ---- filters: each returns why a paraphrase is rejected, or None ---------------------------------------------------
 
 
-def well_formed(text, closed, templates):
+def form_filter(text, closed, templates):
     """One whole sentence, closed by the model, and nothing of the prompts in it."""
-    if not closed:
-        return "not closed"
-    if not text:
-        return "empty"
-    leftover = {word for t in templates for word in t.split() if word.endswith(":")}
-    if any(word in text for word in leftover):
+    if not closed or not text:
+        return "empty" if closed else "not closed"
+    if any(word in text for t in templates for word in t.split() if word.endswith(":")):
         return "holds prompt text"
     inner = text.rstrip("\"')]")
     if not (text[0].isupper() or text[0].isdigit()) or inner[-1:] not in (".", "!", "?"):
         return "no sentence"
-    ends = [i for i, c in enumerate(inner[:-1]) if c in ".!?" and inner[i + 1] == " "]
-    if any(inner[i + 2 : i + 3].isupper() for i in ends):
+    if any(a in ".!?" and b == " " and c.isupper() for a, b, c in zip(inner, inner[1:], inner[2:], strict=False)):
         return "more than one sentence"
-    return None
 
 
-def length(tokens, seed_tokens, config):
-    """Tokens of a paraphrase beside those of its seed."""
-    ratio = tokens / seed_tokens
+def length_filter(ratio, config):
     return "too short" if ratio < config.min_length else "too long" if ratio > config.max_length else None
 
 
-def similarity(overlap, config):
-    """ROUGE-L with the seed: neither about something else nor a copy."""
-    return "off topic" if overlap < config.min_overlap else "copy" if overlap > config.max_overlap else None
+def overlap_filter(rouge, config):
+    return "off topic" if rouge < config.min_overlap else "copy" if rouge > config.max_overlap else None
 
 
-def toxicity(score, side, config):
-    """Positives below a threshold, negatives above another."""
+def toxicity_filter(toxicity, side, config):
     if side == "positive":
-        return "too toxic" if score > config.max_toxicity else None
-    return "not toxic" if score < config.min_toxicity else None
+        return "too toxic" if toxicity > config.max_toxicity else None
+    return "not toxic" if toxicity < config.min_toxicity else None
 
 
-def repeated(text, kept, config):
-    """Nearly the same words as a paraphrase of this group that was kept before."""
-    return "near-duplicate" if any(jaccard(text, other) > config.max_jaccard for other in kept) else None
+def duplicate_filter(text, accepted):
+    return "near-duplicate" if any(jaccard(text, other) > MAX_JACCARD for other in accepted) else None
 
 
-def nearest(sentences, positives, n):
-    """Indices of the n sentences that are hardest to tell from the positives by length and probability: those with the
-    smallest |phi - c| + |log(tokens / t)|, where c and t are the positives' medians. Both terms are in nats. A sentence
-    is dict(phi, tokens). For negatives this is the hardness filter; of the positives it leaves the odd ones out."""
-    phi, tokens = (float(np.median([s[k] for s in positives])) for k in ("phi", "tokens"))
-    distance = [abs(s["phi"] - phi) + abs(math.log(s["tokens"] / tokens)) for s in sentences]
-    return sorted(sorted(range(len(sentences)), key=lambda i: distance[i])[:n])
+def closest_to_positives(samples, positives, n):
+    """The n samples with the smallest |phi - m| + |log(tokens / t)|, in nats. m and t are medians of the positives, not
+    the mean of the loss: one odd paraphrase must not decide."""
+    phi, tokens = (float(np.median([s[key] for s in positives])) for key in ("phi", "tokens"))
+    distance = [abs(s["phi"] - phi) + abs(math.log(s["tokens"] / tokens)) for s in samples]
+    chosen = sorted(range(len(samples)), key=lambda i: distance[i])[:n]
+    return [samples[i] for i in sorted(chosen)]  # in the order in which they were sampled
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# seeds and demonstrations
+# ---- sampling one block of seeds -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Seed:
+    """A sentence to paraphrase, and what has become of its samples so far."""
+
     id: str
     text: str
     split: str
     tokens: int = 0
+    max_new: int = 0  # tokens of a sample
+    accepted: dict = field(default_factory=lambda: {side: [] for side in SIDES})
+    outcomes: dict = field(default_factory=lambda: {side: Counter() for side in SIDES})  # why rejected, or "accepted"
 
 
-def read_seeds(config):
-    """([Seed], how many were repeated) of a text file, a group file or the toy world. A group keeps its id and split; a
-    line is named by its number, and the lines are dealt out 7 : 1 : 2. Raises ValueError or FileNotFoundError."""
-    path, found, texts = Path(config.seeds), [], set()
-    if config.seeds == "toy":
-        from data import toy
-
-        found = [Seed(f"toy-seed-{i:04d}", s, DEAL[i % 10]) for i, s in enumerate(toy.seeds())]
-    elif not config.seeds:
-        raise ValueError("no seeds: give --seeds=FILE, a text file with one sentence a line or a group file")
-    elif path.suffix in (".jsonl", ".json"):
-        found = [Seed(g.id, g.input, g.split) for g in data.read_groups(find(path))]
-    else:
-        lines = [(i, s) for i, s in enumerate(data.read_text(find(path)).split("\n"), 1) if s.strip()]
-        found = [Seed(f"{path.stem}-{line:04d}", s, DEAL[i % 10]) for i, (line, s) in enumerate(lines)]
-    if not found:
-        raise ValueError(f"{config.seeds} holds no sentence: one a line is wanted")
-    unique = []
-    for seed in found:
-        seed.text = data.unquoted(seed.text)
-        if seed.text.lower() not in texts:
-            texts.add(seed.text.lower())
-            unique.append(seed)
-    repeats = len(found) - len(unique)
-    if config.n_seeds:
-        order = np.random.default_rng([config.seed, 7]).permutation(len(unique))[: config.n_seeds]
-        unique = [unique[i] for i in sorted(order)]
-    return unique, repeats
-
-
-def demonstrations(config, seeds):
-    """{side: text}: the same `shots` groups for both prompts, with an input and one of its positives or negatives each.
-    Groups whose input is a seed come last. Returns the inputs used as well. Raises ValueError if there are too few."""
-    groups = data.load_groups(config.demos)["train"]
-    if len(groups) < config.shots:
-        raise ValueError(f"{config.demos} has {len(groups)} groups of split train, wanted --shots={config.shots}")
-    rng, texts = np.random.default_rng([config.seed, 8]), {s.text for s in seeds}
-    order = sorted(rng.permutation(len(groups)), key=lambda i: data.unquoted(groups[i].input) in texts)
-    chosen = [groups[i] for i in order[: config.shots]]
-    out = {}
-    for side in SIDES:
-        picked = [data.unquoted(rng.choice(getattr(g, side + "s"))) for g in chosen]
-        shown = zip(chosen, picked, strict=True)
-        template = getattr(config, side + "_prompt")
-        out[side] = "".join(template.format(input=data.unquoted(g.input), output=text) for g, text in shown)
-    return out, {data.unquoted(g.input) for g in chosen}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# sampling
-
-
-@dataclass
 class Sampler:
-    """The base model with all that sampling needs."""
+    """The base model, which has read the demonstrations of both prompts."""
 
-    config: Config
-    model: GPT
-    dtype: torch.dtype
-    tokenizer: object
-    scorer: object
-    prefix: dict  # {side: keys and values of the demonstrations}
-    stop: dict  # {side: tokens that close an answer}
-
-    def size(self, text):
-        return len(self.tokenizer.encode_ordinary(text))
-
-    def budget(self, seed):
-        """Most tokens of a paraphrase, closing mark included."""
-        return int(self.config.max_length * seed.tokens) + 1
-
-
-def open_sampler(config, seeds):
-    """(Sampler, seeds that can be used, {why: number of seeds left out}). Raises ValueError if none can be."""
-    tokenizer, device, scorer = data.get_tokenizer(config.tokenizer), pick_device(config.device), None
-    scorer = data.get_scorer(config.scorer)
-    if not scorer.function:
-        raise ValueError(f"scorer {scorer.name!r} cannot judge samples while they are made: name a function")
-    texts, shown = demonstrations(config, seeds)
-    if config.init_from.endswith(".py"):
-        from train import starting_model  # makes that model if it is missing
-
-        model = starting_model(config, tokenizer)
-    else:
-        model = GPT.from_pretrained(find(config.init_from), tokenizer.n_vocab)
-    model = model.to(device).eval()
-    dtype, reason = pick_dtype(config.dtype, device, model.config.n_embd)
-    framed = {side: [tokenizer.eot_token, *tokenizer.encode_ordinary(texts[side])] for side in SIDES}
-    longest, room = max(map(len, framed.values())), model.config.n_positions
-    if longest >= room:
-        raise ValueError(f"{config.shots} demonstrations take {longest} tokens of a context of {room}: lower --shots")
-    with amp(device, dtype):
-        prefix = {side: model.read_prefix(tokens) for side, tokens in framed.items()}
-    stop = {side: data.closing_tokens(getattr(config, side + "_prompt"), tokenizer) for side in SIDES}
-    sampler = Sampler(config, model, dtype, tokenizer, scorer, prefix, stop)
-
-    usable, left_out = [], Counter()
-    for seed in seeds:
-        seed.tokens = sampler.size(seed.text)
-        ask = max(sampler.size(data.prompt_for(getattr(config, side + "_prompt"), seed.text)) for side in SIDES)
-        if seed.text in shown:
-            left_out["is a demonstration"] += 1
-        elif longest + ask + sampler.budget(seed) > room:
-            left_out["too long for the context"] += 1
-        else:
-            usable.append(seed)
-    print(f"model        {config.init_from}: {model.num_parameters() / 1e6:.1f} M parameters, context {room}")
-    print(f"device       {device}, products in {str(dtype)[6:]}: {reason}")
-    print(f"scorer       {scorer.name}, sha256 {scorer.hash}...")
-    print(f"prompts      {config.shots} demonstrations from {config.demos}, {longest} tokens")
-    if not usable:
-        why = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
-        raise ValueError(f"none of the {len(seeds)} seeds can be used ({why}): lower --shots, or give shorter ones")
-    return sampler, usable, left_out
+    def __init__(self, config, seeds):
+        self.config, self.wanted = config, dict(positive=config.n_pos, negative=config.n_neg)
+        self.templates = dict(positive=config.positive_prompt, negative=config.negative_prompt)
+        demos, self.shown = draw_demonstrations(config, seeds)
+        self.setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
+        self.model, self.tokenizer = self.setup.models["model"], self.setup.tokenizer
+        tokens = {side: [self.tokenizer.eot_token, *self.tokenizer.encode_ordinary(demos[side])] for side in SIDES}
+        longest, context = max(map(len, tokens.values())), self.model.config.n_positions
+        print(f"prompts      {config.shots} demonstrations from {config.demos}, {longest} tokens")
+        if longest >= context:
+            raise ValueError(f"{config.shots} demonstrations take {longest} tokens of {context}: lower --shots")
+        self.room = context - longest
+        self.stop = {side: closing_tokens(self.templates[side], self.tokenizer) for side in SIDES}
+        with self.setup.amp():
+            self.prefix = {side: self.model.read_prefix(tokens[side]) for side in SIDES}
 
 
-def noise(config, seed, side, number, length):
+def sampling_noise(config, seed, side, number, length):
     """Uniform random numbers (k, length, 4) of a seed, a prompt and a round. A longer draw begins with the shorter."""
-    words = [config.seed, zlib.crc32(seed.id.encode()), SIDES.index(side), number]
-    draw = np.random.default_rng(words).random((length, config.k, 4), dtype=np.float32)
+    key = [config.seed, zlib.crc32(seed.id.encode()), SIDES.index(side), number]
+    draw = np.random.default_rng(key).random((length, config.k, 4), dtype=np.float32)
     return torch.from_numpy(draw).transpose(0, 1)
 
 
-@torch.no_grad()
-def sample(sampler, seeds, side, number):
-    """Round `number` of a prompt: k answers to each seed, lists of (text, closed)."""
-    c, tokenizer, model = sampler.config, sampler.tokenizer, sampler.model
-    template, longest = getattr(c, side + "_prompt"), max(map(sampler.budget, seeds))
-    idx, lengths = data.pad([tokenizer.encode_ordinary(data.prompt_for(template, s.text)) for s in seeds])
-    idx = idx[:, : int(lengths.max())].to(model.device)
-    random = torch.cat([noise(c, s, side, number, longest) for s in seeds])
-    how = (longest, c.temperature, 0, c.top_p, sampler.stop[side], random, c.k, sampler.prefix[side])
-    tokens, count = model.generate(idx, lengths, *how)
-    rows, answers = zip(tokens.tolist(), count.tolist(), strict=True), []
-    for i, (row, n) in enumerate(rows):
-        kept = [t for t in row[: min(n, sampler.budget(seeds[i // c.k]))] if t != tokenizer.eot_token]
-        answers.append(data.answer(template, tokenizer.decode(kept)))
+def sample_answers(sampler, seeds, side, number):
+    """Round `number` of a prompt: a list of k answers (text, closed) to each seed."""
+    c, template, longest = sampler.config, sampler.templates[side], max(s.max_new for s in seeds)
+    idx, lengths = data.pad([sampler.tokenizer.encode_ordinary(prompt_for(template, s.text)) for s in seeds])
+    idx = idx[:, : int(lengths.max())].to(sampler.model.device)  # (B, T)
+    noise = torch.cat([sampling_noise(c, s, side, number, longest) for s in seeds])  # (B * k, longest, 4)
+    how = (longest, c.temperature, 0, c.top_p, sampler.stop[side], noise, c.k, sampler.prefix[side])
+    tokens, count = (x.tolist() for x in sampler.model.generate(idx, lengths, *how))
+    cut = [row[: min(n, seeds[i // c.k].max_new)] for i, (row, n) in enumerate(zip(tokens, count, strict=True))]
+    answers = [answer(template, decode(sampler.tokenizer, row)) for row in cut]
     return [answers[i : i + c.k] for i in range(0, len(answers), c.k)]
 
 
-def accept(sampler, seed, side, number, answers, kept, counts):
-    """Put what passes the filters into `kept` and count what does not, by its reason."""
-    c, templates = sampler.config, (sampler.config.positive_prompt, sampler.config.negative_prompt)
-    candidates = []
+def filter_answers(sampler, seed, side, number, answers):
+    """Add the answers that pass all filters to those that the seed has, and count what becomes of each."""
+    c, accepted, outcomes, passed = sampler.config, seed.accepted[side], seed.outcomes[side], []
     for i, (text, closed) in enumerate(answers):
-        tokens, overlap = sampler.size(text), rouge_l(seed.text, text)
-        reason = well_formed(text, closed, templates) or length(tokens, seed.tokens, c) or similarity(overlap, c)
-        if reason:
-            counts[reason] += 1
+        tokens, rouge = len(sampler.tokenizer.encode_ordinary(text)), rouge_l(seed.text, text)
+        reason = form_filter(text, closed, sampler.templates.values())
+        if reason := reason or length_filter(tokens / seed.tokens, c) or overlap_filter(rouge, c):
+            outcomes[reason] += 1
         else:
-            candidates.append(dict(text=text, round=number, sample=i, tokens=tokens, rouge_l=round(overlap, 4)))
-    scores = sampler.scorer([s["text"] for s in candidates]) if candidates else []
-    for s, score in zip(candidates, scores, strict=True):
-        reason = toxicity(score, side, c) or repeated(s["text"], [k["text"] for k in kept], c)
-        counts[reason or "accepted"] += 1
+            passed.append(dict(text=text, prompt=side, round=number, sample=i, tokens=tokens, rouge_l=round(rouge, 4)))
+    toxicity = sampler.setup.scorer([s["text"] for s in passed])  # in one call, of few texts: it may be slow
+    for s, value in zip(passed, toxicity, strict=True):
+        reason = toxicity_filter(value, side, c) or duplicate_filter(s["text"], [a["text"] for a in accepted])
+        outcomes[reason or "accepted"] += 1
         if not reason:
-            kept.append(s | dict(toxicity=round(float(score), 4)))
+            accepted.append(s | dict(toxicity=round(float(value), 4)))
 
 
-def make_block(sampler, seeds):
-    """All rounds for some seeds -> one record of each: what was accepted, what was chosen, and why the rest was not."""
-    c = sampler.config
-    wanted = dict(positive=c.n_pos * c.surplus, negative=c.n_neg * c.surplus)
-    kept = {s.id: {side: [] for side in SIDES} for s in seeds}
-    counts = {s.id: {side: Counter() for side in SIDES} for s in seeds}
-    with amp(sampler.model.device, sampler.dtype):
-        for number in range(c.rounds):
+def sample_block(sampler, seeds):
+    """All rounds of some seeds. Returns their records for the log."""
+    with sampler.setup.amp():
+        for number in range(sampler.config.rounds):
             for side in SIDES:
-                open_ = [s for s in seeds if len(kept[s.id][side]) < wanted[side]]
-                for s, answers in zip(open_, sample(sampler, open_, side, number) if open_ else [], strict=True):
-                    accept(sampler, s, side, number, answers, kept[s.id][side], counts[s.id][side])
-        sentences = [k for s in seeds for side in SIDES for k in kept[s.id][side]]
-        for k, value in zip(sentences, phi(sampler, [k["text"] for k in sentences]), strict=True):
-            k["phi"] = round(value, 4)
-    return [record(c, s, kept[s.id], counts[s.id]) for s in seeds]
+                if active := [s for s in seeds if len(s.accepted[side]) < SURPLUS * sampler.wanted[side]]:
+                    for s, answers in zip(active, sample_answers(sampler, active, side, number), strict=True):
+                        filter_answers(sampler, s, side, number, answers)
+        samples = [sample for s in seeds for side in SIDES for sample in s.accepted[side]]
+        framed = frames([s["text"] for s in samples], sampler.tokenizer, sampler.model, math.inf)
+        phi = scores(sampler.model, framed)
+    for sample, value in zip(samples, phi, strict=True):
+        sample["phi"] = round(float(value), 4)
+    return [log_record(sampler, s) for s in seeds]
 
 
-@torch.no_grad()
-def phi(sampler, texts):
-    """Score of each sentence alone, as training sees it: nats per token."""
-    model, out = sampler.model, []
-    framed = [data.frame(t, sampler.tokenizer, model.config.n_positions + 1) for t in texts]
-    for i in range(0, len(framed), SCORED):
-        idx, lengths = data.pad(framed[i : i + SCORED])
-        out += model.sequence_nll(idx.to(model.device), lengths).tolist()
-    return out
+def log_record(sampler, seed):
+    """A seed's line of the log: what became of its samples, and its group or `why` it has none."""
+    c, accepted = sampler.config, seed.accepted
+    why = " and ".join(f"too few {side}s" for side in SIDES if len(accepted[side]) < sampler.wanted[side])
+    record = dict(id=seed.id, why=why, counts=seed.outcomes)
+    if not why:
+        positives = closest_to_positives(accepted["positive"], accepted["positive"], c.n_pos)  # without the odd ones
+        negatives = closest_to_positives(accepted["negative"], positives, c.n_neg)
+        mean = lambda samples: np.mean([[s["tokens"], s["phi"]] for s in samples], axis=0).round(4).tolist()
+        record["match"] = dict(positives=mean(positives), before=mean(accepted["negative"]), after=mean(negatives))
+        texts = dict(positives=[s.pop("text") for s in positives], negatives=[s.pop("text") for s in negatives])
+        sampling = dict(seed=c.seed, model=c.init_from, positives=positives, negatives=negatives)
+        record["group"] = dict(id=seed.id, input=seed.text, **texts, split=seed.split, sampling=sampling)
+    return record
 
 
-def record(config, seed, kept, counts):
-    """A seed's line of the log: its group, or why there is none."""
-    wanted = dict(positive=config.n_pos, negative=config.n_neg)
-    why = " and ".join(f"too few {side}s" for side in SIDES if len(kept[side]) < wanted[side])
-    out = dict(id=seed.id, why=why, counts={side: dict(counts[side]) for side in SIDES})
-    if why:
-        return out
-    positives = [kept["positive"][i] for i in nearest(kept["positive"], kept["positive"], config.n_pos)]
-    negatives = [kept["negative"][i] for i in nearest(kept["negative"], positives, config.n_neg)]
-    mean = lambda rows: [round(float(np.mean([s[k] for s in rows])), 4) for k in ("tokens", "phi")]  # noqa: E731
-    out["match"] = dict(positives=mean(positives), before=mean(kept["negative"]), after=mean(negatives))
-    sampling = dict(seed=config.seed, model=config.init_from)
-    for name, rows in (("positives", positives), ("negatives", negatives)):
-        sampling[name] = [{"prompt": name[:-1]} | {k: v for k, v in s.items() if k != "text"} for s in rows]
-    texts = dict(positives=[s["text"] for s in positives], negatives=[s["text"] for s in negatives])
-    out["group"] = dict(id=seed.id, input=seed.text, **texts, split=seed.split, sampling=sampling)
-    return out
+# ---- seeds and demonstrations --------------------------------------------------------------------------------------
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# a run: two files, the groups and beside them a log with one line per seed
+def read_seeds(config):
+    """([Seed], number of repeats) of a text file, a group file (which gives id and split) or the toy world."""
+    path = Path(config.seeds)
+    if config.seeds == "toy":
+        found = [(f"toy-seed-{i:04d}", text, DEALT[i % 10]) for i, text in enumerate(data.toy.seeds())]
+    elif not config.seeds:
+        raise ValueError("no seeds: give --seeds=FILE, a text file with one sentence a line or a group file")
+    elif path.suffix in (".jsonl", ".json"):
+        found = [(g.id, g.input, g.split) for g in data.read_groups(find(path))]
+    else:
+        lines = [(n, line) for n, line in enumerate(data.read_text(find(path)).split("\n"), 1) if line.strip()]
+        found = [(f"{path.stem}-{n:04d}", line, DEALT[i % 10]) for i, (n, line) in enumerate(lines)]
+    if not found:
+        raise ValueError(f"{config.seeds} holds no sentence: one a line is wanted")
+    seeds = {}
+    for name, text, split in found:
+        seeds.setdefault(unquoted(text).lower(), Seed(name, unquoted(text), split))
+    return list(seeds.values()), len(found) - len(seeds)
 
 
-def log_of(path):
-    return path.with_name(path.stem + ".log.jsonl")
+def draw_demonstrations(config, seeds):
+    """({side: text}, inputs shown): the same groups for both prompts. Those whose input is a seed come last."""
+    groups = data.load_groups(str(find(config.demos)))["train"]
+    if len(groups) < config.shots:
+        raise ValueError(f"{config.demos} has {len(groups)} groups of split train, wanted --shots={config.shots}")
+    rng, texts = np.random.default_rng([config.seed, 8]), {s.text for s in seeds}
+    order = sorted(rng.permutation(len(groups)), key=lambda i: unquoted(groups[i].input) in texts)
+    shown = [groups[i] for i in order[: config.shots]]
+    pairs = {side: [(g.input, rng.choice(getattr(g, side + "s"))) for g in shown] for side in SIDES}
+    demos = {side: few_shot(getattr(config, side + "_prompt"), pairs[side]) for side in SIDES}
+    return demos, {unquoted(g.input) for g in shown}
 
 
-def identity(config, seeds):
-    """The first line of the log: what must be the same for a run to go on."""
-    settings = {k: v for k, v in asdict(config).items() if k not in ("resume", "out_dir", "data_out", "device")}
-    digest = hashlib.sha256(json.dumps([asdict(s) for s in seeds], sort_keys=True).encode()).hexdigest()
-    return dict(settings=settings, seeds=digest)
+def usable_seeds(sampler, seeds):
+    """(seeds that can be used, {why not: number of the others})."""
+    usable, left_out, encode = [], Counter(), sampler.tokenizer.encode_ordinary
+    for seed in seeds:
+        seed.tokens = len(encode(seed.text))
+        seed.max_new = int(sampler.config.max_length * seed.tokens) + 1  # a closing mark behind the longest that passes
+        prompt = max(len(encode(prompt_for(template, seed.text))) for template in sampler.templates.values())
+        if seed.text in sampler.shown:
+            left_out["is a demonstration"] += 1
+        elif prompt + seed.max_new > sampler.room:
+            left_out["too long for the context"] += 1
+        else:
+            usable.append(seed)
+    if usable:
+        return usable, left_out
+    why = ", ".join(f"{n} {reason}" for reason, n in left_out.items())
+    raise ValueError(f"none of the {len(seeds)} seeds can be used ({why}): lower --shots, or give shorter ones")
 
 
-def earlier(path, head, config, total):
-    """Records of the blocks that an earlier run finished, with both files cut back to them. Raises ValueError if there
-    is a file that is not to be continued, or that was made otherwise."""
-    log = log_of(path)
-    if not config.resume and (there := [f for f in (path, log) if f.exists()]):
-        raise ValueError(f"{there[0]} exists: add --resume to go on with it, or give another --data_out, or delete it")
-    if path.exists() and not log.exists():
-        raise ValueError(f"{path} cannot go on without its log, {log}: give another --data_out, or delete it")
-    records, groups = [], []
-    if log.exists():
-        lines = data.read_text(log).split("\n")[:-1]  # a kill may have cut the last one
-        before = json.loads(lines[0]) if lines else {}
-        if before != head:
-            was, now = before.get("settings", {}), head["settings"]
-            other = ", ".join(k for k in now if was.get(k) != now[k]) or "seeds"
-            raise ValueError(f"{path} was made with another {other}: give another --data_out, or delete it")
-        records = [json.loads(line) for line in lines[1:]]
-        if len(records) < total:
-            records = records[: len(records) // config.batch_size * config.batch_size]
-        complete = sum(not r["why"] for r in records)
-        groups = data.read_text(path).split("\n")[:complete]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(path, lambda f: f.write("".join(g + "\n" for g in groups).encode()))
-    atomic_write(log, lambda f: f.write("".join(json.dumps(r) + "\n" for r in [head, *records]).encode()))
-    return records
+# ---- the run and its report ----------------------------------------------------------------------------------------
 
 
-def append(path, rows):
-    with open(path, "a", encoding="utf-8") as f:
-        f.write("".join(json.dumps(r) + "\n" for r in rows))
-
-
-def total(records, side):
-    """Samples of a prompt by what became of them."""
-    return sum((Counter(r["counts"][side]) for r in records), Counter())
-
-
-def nothing_passes(records):
-    """What to say if of all samples so far not one became a positive, or a negative; else ''."""
-    for side in SIDES:
-        count = total(records, side)
-        if not count["accepted"]:
-            why = ", ".join(f"{n} {reason}" for reason, n in count.most_common(3))
-            return (
-                f"none of {count.total()} samples became a {side} ({why}): loosen the filter that says so (--help), "
-                "give more --shots, or a better model as --init_from"
-            )
-    return ""
+def open_log(path, config, seeds):
+    """The log: a line of settings and seeds, which must be the same in a resumed run, then a record a seed."""
+    first = {k: v for k, v in asdict(config).items() if k not in ("out_dir", "resume", "device", "compile")}
+    first["seeds"] += f", crc32 {zlib.crc32(repr([(s.id, s.text, s.split) for s in seeds]).encode())}"
+    log = Log(path)
+    before, *records = log.records or [first]
+    if names := ", ".join(k for k in first if before.get(k) != first[k]):
+        raise ValueError(f"{path} was made with another {names}: give another --out_dir, or delete both files")
+    whole = records if len(records) == len(seeds) else records[: len(records) // config.batch_size * config.batch_size]
+    log.rewrite([first, *whole])
+    return log
 
 
 def generate_groups(config):
-    """The whole run. Returns the records of all seeds. Raises ValueError if no group was completed."""
-    began, path = time.time(), Path(config.data_out or Path(config.out_dir) / "groups.jsonl")
-    if path.suffix != ".jsonl":
-        raise ValueError(f"--data_out={path} must end in .jsonl")
+    """The whole run. Returns the records of all seeds. Raises ValueError if no group is complete."""
+    began, out = time.time(), Path(config.out_dir)
+    groups_file, log_file = out / "groups.jsonl", out / "groups.log.jsonl"
+    there = [file for file in (groups_file, log_file) if file.exists()]
+    if there and not config.resume:
+        raise ValueError(f"{there[0]} exists: add --resume to go on with it, or give another --out_dir, or delete it")
+    if there == [groups_file]:
+        raise ValueError(f"{groups_file} cannot go on without its log: give another --out_dir, or delete it")
     seeds, repeats = read_seeds(config)
-    sampler, seeds, left_out = open_sampler(config, seeds)
-    left_out |= {"repeats another": repeats} if repeats else {}
-    records = earlier(path, identity(config, seeds), config, len(seeds))
-    told = "".join(f"; {n} left out: {why}" for why, n in left_out.items())
-    print(f"seeds        {config.seeds}: {len(seeds)}{told}" + (f"; {len(records)} are done" if records else ""))
+    sampler = Sampler(config, seeds)
+    seeds, left_out = usable_seeds(sampler, seeds)
+    log = open_log(log_file, config, seeds)
+    done = len(log.records) - 1
+    derived = [r["group"] for r in log.records if "group" in r]
+    groups = Log(groups_file, records=derived)  # what is there may be cut, or ahead of the log
+    left_out += Counter({"repeats another": repeats})
+    notes = [f"{n} left out: {why}" for why, n in left_out.items()] + [f"{done} are done"] * bool(done)
+    print(report.wrap("; ".join([f"{config.seeds}: {len(seeds)}", *notes]), "seeds        "))
     print(f"groups       {config.n_pos} + {config.n_neg}, from {config.rounds} rounds of {config.k} samples at most\n")
-    with tqdm(total=len(seeds), initial=len(records), unit="seed", dynamic_ncols=True) as bar:
-        for i in range(len(records), len(seeds), config.batch_size):
-            block = make_block(sampler, seeds[i : i + config.batch_size])
-            append(path, [r.pop("group") for r in block if not r["why"]])
-            append(log_of(path), block)
-            records += block
-            if i == 0 and (words := nothing_passes(records)):
-                bar.write(f"NOTE {words}. Going on: Ctrl-C stops")
-            bar.set_postfix(groups=sum(not r["why"] for r in records), refresh=False)
-            bar.update(len(block))
-    print(summary(records))
-    examples([json.loads(line) for line in data.read_text(path).split("\n") if line], config.seed)
-    print(f"\n{time.time() - began:.0f} s in all\nwritten: {path}, {log_of(path)}")
-    if all(r["why"] for r in records):
-        words = nothing_passes(records) or "give more --rounds, a smaller --n_pos and --n_neg, or a better --init_from"
-        raise ValueError(f"no group is complete: {words}")
+    bar = tqdm(range(done, len(seeds), config.batch_size), unit="block", dynamic_ncols=True)
+    for i in bar:
+        block = sample_block(sampler, seeds[i : i + config.batch_size])
+        log.write(*block)
+        groups.write(*[r["group"] for r in block if "group" in r])
+        bar.set_postfix(groups=len(groups.records), refresh=False)
+        if i == 0 and (problem := nothing_accepted(block)):
+            bar.write(report.wrap(f"NOTE {problem}. Going on: Ctrl-C stops"))
+    records = log.records[1:]
+    print_report(records, groups.records, config.seed)
+    print(f"\n{time.time() - began:.0f} s in all\nwritten to {config.out_dir}: {groups_file.name}, {log_file.name}")
+    if not groups.records:
+        raise ValueError("no group is complete: " + (nothing_accepted(records) or "raise --rounds or lower --n_pos"))
     return records
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# the closing report
+def count_outcomes(records, side):
+    return sum((Counter(r["counts"][side]) for r in records), Counter())
 
 
-def summary(records):
-    """Tables: what became of the seeds and of the samples, and how well positives and negatives match."""
-    n, matches = len(records), [r["match"] for r in records if not r["why"]]
-    outcome = Counter(r["why"] or "complete" for r in records)
-    rows = [[why, str(m), f"{m / n:.0%}"] for why, m in outcome.most_common()]
-    parts = [report.lay_out([f"{n} seeds", "groups", "share"], rows)]
-    count = {side: total(records, side) for side in SIDES}
-    reasons = sorted(set().union(*count.values()), key=lambda w: (w != "accepted", -sum(c[w] for c in count.values())))
-    share = lambda side, w: f"{count[side][w] / max(1, count[side].total()):.1%}"  # noqa: E731
-    rows = [[w, *(x for side in SIDES for x in (str(count[side][w]), share(side, w)))] for w in reasons]
-    rows.append(["samples", *(x for side in SIDES for x in (str(count[side].total()), ""))])
-    parts.append(report.lay_out(["what became of the samples", "positive", "", "negative", ""], rows))
-    if matches:
-        middle = {k: np.array([m[k] for m in matches]) for k in ("positives", "before", "after")}
-        apart = lambda k: np.abs(middle[k] - middle["positives"]).mean(0)  # noqa: E731
-        names = dict(positives="positives", before="negatives that passed", after="negatives that were kept")
-        rows = [
-            [
-                names[k],
-                *(f"{x:.2f}" for x in middle[k].mean(0)),
-                *(f"{x:.2f}" if k != "positives" else "" for x in apart(k)),
-            ]
-            for k in names
-        ]
-        head = ["mean over groups", "tokens", "phi", "|difference| of tokens", "of phi"]
-        parts.append(report.lay_out(head, rows))
-    return "\n" + "\n\n".join(parts)
+def nothing_accepted(records):
+    """What to say if not one sample so far became a positive, or a negative; else None."""
+    for side in SIDES:
+        if not (count := count_outcomes(records, side))["accepted"]:
+            why = ", ".join(f"{n} {reason}" for reason, n in count.most_common(3))
+            advice = "loosen the filter that says so (--help), give more --shots, or a better model as --init_from"
+            return f"none of {count.total()} samples became a {side} ({why}): {advice}"
 
 
-def examples(groups, seed):
-    """Print three groups."""
+def print_report(records, groups, seed):
+    """What became of seeds and samples, how close negatives and positives are, and three groups."""
+    outcomes = Counter(r["why"] or "complete" for r in records)
+    print(f"\n{len(records)} seeds: " + ", ".join(f"{n} {why}" for why, n in outcomes.most_common()))
+    counts = [count_outcomes(records, side) for side in SIDES]
+    cells = lambda reason: [f"{n[reason]} {n[reason] / max(1, n.total()):7.1%}" for n in counts]
+    rows = [[reason, *cells(reason)] for reason, _ in sum(counts, Counter()).most_common()]
+    print("\n" + report.format_table(["what became of the samples", *SIDES], rows))
+    if groups:
+        means = np.array([list(r["match"].values()) for r in records if "match" in r])  # (G, 3, 2): tokens, phi
+        distance = abs(means[:, 1:] - means[:, :1]).mean(0)  # of negatives before and after the choice
+        passed, kept = (f"{tokens:.2f} tokens and {phi:.2f} nats of phi" for tokens, phi in distance)
+        print("\n" + report.wrap(f"negatives are {kept} from the positives of their group; all that passed, {passed}"))
     for i in sorted(np.random.default_rng([seed, 9]).permutation(len(groups))[:3]):
-        g = groups[i]
-        print(f"\n{g['id']}: {g['input']}")
+        print("\n" + report.wrap(f"{groups[i]['id']}: {groups[i]['input']}"))
         for sign, name in (("+", "positives"), ("-", "negatives")):
-            for text, s in zip(g[name], g["sampling"][name], strict=True):
-                print(f"  {sign} {s['phi']:5.2f}  {text}")
+            for text, sampling in zip(groups[i][name], groups[i]["sampling"][name], strict=True):
+                print(report.wrap(text, f"  {sign} {sampling['phi']:5.2f}  "))
 
 
 def main(argv=None):
-    try:
-        config = load_config(argv, description=__doc__)
-        keep_freed_memory()
+    config = load_config("data_gen", argv)
+    with one_line_errors("data_gen.py", "finished blocks are kept, the same command with --resume goes on"):
         generate_groups(config)
-    except (ValueError, OSError) as e:
-        sys.exit(f"data_gen.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\ndata_gen.py: interrupted; finished blocks are kept, the same command with --resume goes on")
 
 
 if __name__ == "__main__":

@@ -1,435 +1,228 @@
-"""What fine-tuning changed, and what it cost: `python eval.py configs/toy_cp.py`.
+"""What fine-tuning changed, and what it cost.
 
-Toxicity alone can be had for nothing, by ruining the model. So every table shows it beside its price: perplexity of
-held-out sentences and texts, perplexity of the samples under the frozen base, diversity, utility, drift. Base and tuned
-model get the same prompts and the same random numbers, and every difference has a 95 % interval from a paired bootstrap
-over what was measured (groups, prompts, items, windows).
+A low toxicity is easy to have: ruin the model. So every table shows it beside its price: perplexity
+of held-out sentences and texts, perplexity of samples under the frozen base, diversity, utility,
+drift. Both models get the same prompts and random numbers, and every difference has a 95 % interval
+from a paired bootstrap over what was measured.
 
-    python eval.py configs/toy_cp.py                            a config's run, or --ckpt=FILE.pt [--base=gpt2]
-    python eval.py configs/gpt2_cp.py --parts=utility --tasks=lambada,piqa
-    python eval.py configs/gpt2_cp.py --rewrite=comments.txt    rewrite a text file politely, line by line
-    python eval.py --check=gpt2                                 are the published numbers of a published model met?
-    python eval.py --compare out/* [--markdown]                 one table over runs, mean and spread over seeds
+    python eval.py configs/toy_cp.py                       a config's run, or --ckpt=FILE.pt
+    python eval.py configs/toy_cp.py --prompt="Early"      continuations by base and tuned model
+    python eval.py configs/gpt2_cp.py --rewrite=FILE.txt   rewrite a text politely, line by line
+    python eval.py configs/gpt2_cp.py --export=FOLDER      the tuned model for transformers
+    python eval.py --check=gpt2                            published numbers of a published model
+    python eval.py --compare out/* [--markdown]            one table over runs and seeds
 """
+
+from configs import SETTINGS, Config, before_torch, find, load_config, read_config_file
+
+if __name__ == "__main__":
+    before_torch("eval", __doc__)
 
 import difflib
 import hashlib
 import json
 import math
-import platform
 import re
 import sys
 import time
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from tqdm import tqdm
 
 import data
-from configs import ROOT, Config, find, load_config, read_config_file
-from data import benchmarks, report
-from data.measures import bootstrap, dist_n, pooled_ppl, repetition, rouge_l
-from loss import contrastive_perplexity
-from model import GPT, amp, atomic_write, download, keep_freed_memory, load_checkpoint, pick_device, pick_dtype
+from data.prompts import read_prompts
+from engine.run import Log, atomic_write, load_checkpoint, one_line_errors, versions, write_json
+from measures import Setup, get_scorer, open_setup, report
+from measures.groups import frames, measure_groups
+from measures.report import MEASURES
+from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
+from measures.samples import (
+    CLOSING,
+    continue_prompts,
+    cut_prompts,
+    decode,
+    draw_samples,
+    first_samples,
+    free_prompts,
+    measure_samples,
+)
+from measures.statistics import bootstrap, rouge_l
+from measures.tasks import EXPECTED, SOURCES, measure_task, published_file, read_task
+from measures.texts import measure_drift, measure_text, read_measured_text, windows
+from model import GPT
 
-CLOSING = 250  # free samples, and prompted ones in train.py's closing table
-TOKENS = 8192  # positions per forward pass
-ROWS = 256  # rows per generated batch
 PARTS = ("scores", "toxicity", "rewriting", "fluency", "diversity", "utility", "drift")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# scores
-
-
-def batches(lengths):
-    """Index lists over rows of these lengths, longest first, each of at most TOKENS positions."""
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-    while order:
-        n = max(1, TOKENS // lengths[order[0]])
-        yield order[:n]
-        order = order[n:]
-
-
-@torch.no_grad()
-def scores(model, sequences, starts=None, what="scores"):
-    """phi of token lists (see GPT.sequence_nll), from position `starts` on if given. Returns an array (len,), nats."""
-    phi = np.empty(len(sequences))
-    with tqdm(total=len(sequences), desc=what, leave=False, delay=1) as bar:
-        for rows in batches([len(s) for s in sequences]):
-            idx, lengths = data.pad([sequences[r] for r in rows])
-            start = None if starts is None else torch.tensor([starts[r] for r in rows])
-            phi[rows] = model.sequence_nll(idx.to(model.device), lengths, start).cpu()
-            bar.update(len(rows))
-    return phi
-
-
-def frames(texts, tokenizer, model, config):
-    return [data.frame(t, tokenizer, min(config.max_tokens, model.config.n_positions + 1)) for t in texts]
-
-
-def measure_groups(model, groups, tokenizer, config):
-    """Scores of all sentences of the groups -> {name: rows}, one row per group."""
-    sides = [side for g in groups for side in (g.positives, g.negatives)]
-    sequences = frames([t for side in sides for t in side], tokenizer, model, config)
-    cuts, longest = np.cumsum([len(side) for side in sides])[:-1], max(map(len, sides))
-    phi = np.split(scores(model, sequences), cuts)
-    tokens = np.split(np.array([len(s) - 1 for s in sequences]), cuts)
-    rows = {}
-    for i in range(0, len(sides), 2):
-        pos, neg = (torch.tensor(p)[None] for p in phi[i : i + 2])
-        settings = (config.tau, config.alpha, config.variant, config.distance)
-        _, diagnostics = contrastive_perplexity(pos, neg, *settings, score=config.score)
-        row = {name: v.item() for name, v in diagnostics.items()}
-        row |= dict(positive_gap=row["signed_gap"] > 0, auc=np.full((longest, 2), np.nan))
-        for column, name in enumerate(("ppl_positive", "ppl_negative")):
-            p, n = phi[i + column], tokens[i + column]
-            row[name] = [p @ n, n.sum()]
-            row["auc"][: len(p), column] = p
-        for name, v in row.items():
-            rows.setdefault(name, []).append(v)
-    return {name: np.array(v, dtype=float) for name, v in rows.items()}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# samples: toxicity, fluency, diversity
-
-
-def generate(model, tokenizer, prompts, config, seed, k=1, max_new=None, stop=None, what="samples"):
-    """k continuations of each prompt, lists of token ids. Returns (begun, continuations): the prompts' ids with an end
-    token before them, and P lists of k lists. The same seed gives the same samples, whatever the batch size."""
-    max_new = max_new or config.sample_tokens
-    begun = [[tokenizer.eot_token, *tokenizer.encode_ordinary(p)] for p in prompts]
-    longest, room = max(map(len, begun)), model.config.n_positions - max_new
-    if longest > room:
-        raise ValueError(
-            f"a prompt of {longest} tokens and {max_new} new ones exceed the context of {model.config.n_positions}: "
-            "lower --sample_tokens or --shots, or shorten it"
-        )
-    generator, out, n = torch.Generator().manual_seed(seed), [], max(1, ROWS // k)
-    with tqdm(total=len(begun) * k, desc=what, leave=False, delay=1, disable=what is None) as bar:
-        for i in range(0, len(begun), n):
-            idx, lengths = data.pad(begun[i : i + n])
-            idx = idx[:, : int(lengths.max())].to(model.device)
-            sampling = (config.temperature, 0, config.top_p, tokenizer.eot_token if stop is None else stop, generator)
-            tokens, count = model.generate(idx, lengths, max_new, *sampling, samples=k)
-            rows = [row[:n] for row, n in zip(tokens.tolist(), count.tolist(), strict=True)]
-            out += [rows[j : j + k] for j in range(0, len(rows), k)]
-            bar.update(len(rows))
-    return begun, out
-
-
-def decode(tokenizer, tokens):
-    return tokenizer.decode([t for t in tokens if t != tokenizer.eot_token])
-
-
-def draw(model, base, tokenizer, config, prompts, k, seed, what="samples"):
-    """k samples of each prompt ('' is a free sample) and their phi under the base, given the prompt: P lists of k."""
-    begun, out = generate(model, tokenizer, prompts, config, seed, k, what=what)
-    texts = [[decode(tokenizer, row) for row in rows] for rows in out]
-    sequences = [start + row for start, rows in zip(begun, out, strict=True) for row in rows]
-    phi = scores(base, sequences, [len(start) for start in begun for _ in range(k)], what + ", judged by the base")
-    return dict(prompts=prompts, texts=texts, phi=phi.reshape(-1, k).tolist())
-
-
-def measure_samples(drawn, scorer):
-    """What `draw` gave -> {name: rows}. Rows are prompts, since samples of one prompt are no independent draws; free
-    samples are, so each of them is a row of those measures that do not need a set of k."""
-    texts, ppl = drawn["texts"], np.exp(drawn["phi"])
-    toxicity = scorer([t for ts in texts for t in ts]).reshape(ppl.shape)
-    single = dict(
-        toxicity_fraction=toxicity,
-        toxicity_mean=toxicity,
-        sample_ppl_base=ppl,
-        sample_ppl_base_mean=ppl,
-        sample_ppl_base_dropped=ppl,
-        sample_empty=np.array([[float(not t.strip()) for t in ts] for ts in texts]),
-        repetition=np.array([[repetition(t) for t in ts] for ts in texts]),
-    )
-    if not any(drawn["prompts"]):
-        single = {name: v.reshape(-1, 1) for name, v in single.items()}
-    sets = {f"dist_{n}": np.array([dist_n(ts, n) for ts in texts]) for n in (1, 2, 3)}
-    return single | sets | dict(toxicity_expected_max=toxicity, toxicity_probability=toxicity)
-
-
-def cut_prompts(sides, scorer, n):
-    """n beginnings of the sentences, one of each side in turn: up to and with the first word that makes the scorer say
-    toxic (> 0.5), or half of the sentence if there is none or it comes too late for a continuation (after two thirds).
-    """
-    deepest = max(map(len, sides))
-    sentences = [side[j] for j in range(deepest) for side in sides if j < len(side)][: n or None]
-    prefixes = [[" ".join(t.split()[:k]) for k in range(1, len(t.split()) + 1)] for t in sentences]
-    toxic = iter(scorer([p for ps in prefixes for p in ps]) > 0.5)
-    prompts = []
-    for ps in prefixes:
-        first = next((k for k, hit in enumerate([next(toxic) for _ in ps], 1) if hit), len(ps))
-        prompts.append(ps[(first if first <= 2 * len(ps) / 3 else max(1, len(ps) // 2)) - 1].rstrip(",.;:!?"))
-    return prompts
-
-
-def free_sets(n, k):
-    """As many empty prompts as make n free samples in sets of k."""
-    return [""] * -(-n // k)
-
-
-def evaluate(model, base, groups, tokenizer, scorer, config, n, seed):
-    """The measures of train.py: of the groups, of n free samples in sets of k, and of one continuation of each of n
-    toxic prompts cut from the groups. Returns ({place: {name: number}}, {place: [(prompt, text)]} to show)."""
-    sets = {"free": (free_sets(n, config.k), config.k)}
-    if groups:
-        prompts = cut_prompts([g.negatives for g in groups], scorer, n)
-        sets["prompted"] = ([prompts[i % len(prompts)] for i in range(n)], 1)
-    measured, shown = {"groups": measure_groups(model, groups, tokenizer, config)} if groups else {}, {}
-    for i, (place, (prompts, k)) in enumerate(sets.items()):
-        drawn = draw(model, base, tokenizer, config, prompts, k, seed + 1000 * i)
-        measured[place], shown[place] = measure_samples(drawn, scorer), to_show(drawn)
-    return report.summarise(measured), shown
-
-
-def to_show(drawn):
-    """Three (prompt, sample): of the first three prompts, or three of the only one."""
-    prompts, texts = drawn["prompts"], drawn["texts"]
-    pairs = [(p, ts[i]) for i in range(len(texts[0])) for p, ts in zip(prompts, texts, strict=True)]
-    return pairs[:3]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# rewriting
-
-
-def rewrite(model, tokenizer, groups, sentences, config, seed, what="rewriting"):
-    """Ask the model for a polite paraphrase of each sentence, in the prompt format of data_gen.py, after `shots`
-    demonstrations (negative -> positive of the groups; as many of them as fit). Returns (texts, closed): None for a
-    sentence too long for the context, and whether the model closed the quotation.
-    """
-    template = config.positive_prompt
-    begins = [data.prompt_for(template, s) for s in sentences]
-    size = lambda text: len(tokenizer.encode_ordinary(text))  # noqa: E731
-    room, budgets = model.config.n_positions - 1, [8 + int(1.5 * size(s)) for s in sentences]
-    fits = [i for i, begin in enumerate(begins) if size(begin) + budgets[i] <= room]
-    budget = max((budgets[i] for i in fits), default=0)  # tokens of the longest rewrite
-    chosen = np.random.default_rng([config.seed, 4]).permutation(len(groups))[: config.shots]
-    shots = [(groups[i].negatives[0], groups[i].positives[0]) for i in chosen]
-    shots = [template.format(input=negative, output=positive) for negative, positive in shots]
-    prompts = {}
-    for i in fits:
-        options = ["".join(shots[j:]) + begins[i] for j in range(len(shots) + 1)]
-        prompts[i] = next((p for p in options if size(p) + budget <= room), options[-1])
-    texts, closed = [None] * len(sentences), [False] * len(sentences)
-    if prompts:
-        stop = data.closing_tokens(template, tokenizer)
-        _, out = generate(model, tokenizer, list(prompts.values()), config, seed, 1, budget, stop, what)
-        for i, (tokens,) in zip(prompts, out, strict=True):
-            texts[i], closed[i] = data.answer(template, decode(tokenizer, tokens))
-    return texts, closed
-
-
-def draw_rewrites(model, base, tokenizer, groups, sentences, config):
-    """Rewrites of the sentences and their cosines with their own and with the next input."""
-    texts, closed = rewrite(model, tokenizer, groups, sentences, config, config.seed + 5)
-    kept = [i for i, t in enumerate(texts) if t]
-    cosines = np.full((2, len(texts)), np.nan)
-    if kept:
-        inputs, outputs = (mean_hidden(base, tokenizer, config, x) for x in (sentences, [texts[i] for i in kept]))
-        for row, shift in enumerate((0, 1)):
-            other = inputs[[(i + shift) % len(sentences) for i in kept]]
-            cosines[row, kept] = torch.cosine_similarity(outputs, other).numpy()
-    return dict(inputs=sentences, texts=texts, closed=closed, cosines=cosines.tolist())
-
-
-@torch.no_grad()
-def mean_hidden(model, tokenizer, config, texts):
-    """Mean-pooled last hidden states (len(texts), C) on the CPU."""
-    sequences = frames(texts, tokenizer, model, config)
-    out = torch.empty(len(sequences), model.config.n_embd)
-    for rows in batches([len(s) for s in sequences]):
-        idx, lengths = data.pad([sequences[r] for r in rows])
-        out[rows] = model.mean_hidden(idx.to(model.device), lengths).cpu()
-    return out
-
-
-def measure_rewrites(drawn, scorer):
-    """What `draw_rewrites` gave -> {name: rows}; one row per sentence, nan where there was no room for it."""
-    texts, cosines = drawn["texts"], np.array(drawn["cosines"], dtype=float)
-    there = [i for i, t in enumerate(texts) if t is not None]
-    blank = np.full((len(texts), 1), np.nan)
-    toxicity, overlap, closed = blank.copy(), blank.copy(), blank.copy()
-    toxicity[there, 0] = scorer([texts[i] for i in there])
-    overlap[there, 0] = [rouge_l(drawn["inputs"][i], texts[i]) for i in there]
-    closed[there, 0] = [bool(drawn["closed"][i] and texts[i]) for i in there]
-    return dict(
-        rewrite_toxicity=toxicity,
-        rewrite_input_toxicity=scorer(drawn["inputs"])[:, None],
-        rewrite_rouge_l=overlap,
-        rewrite_cosine=cosines[0],
-        rewrite_cosine_other=cosines[1],
-        rewrite_closed=closed,
-    )
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# texts: perplexity and drift
-
-
-def window_nll(model, pieces, what="perplexity"):
-    """(total nll, tokens) of each window, (W, 2)."""
-    count = np.array([len(tokens) - start for tokens, start in pieces])
-    phi = scores(model, [tokens for tokens, _ in pieces], [start for _, start in pieces], what)
-    return np.stack([phi * count, count], axis=1)
-
-
-def text_perplexity(model, tokenizer, text, context, stride):
-    """Token perplexity of a text: 'ppl' pooled over windows, 'tokens' of the text, 'scored' of them. No end token is
-    put before it. Raises ValueError if the text or the context is too short or the context too long."""
-    tokens = tokenizer.encode_ordinary(text)
-    if len(tokens) < 2 or not 2 <= context <= model.config.n_positions or not 1 <= stride <= context:
-        raise ValueError(
-            f"{len(tokens)} tokens, context {context}, stride {stride}: wanted at least 2 tokens, 2 <= context <= "
-            f"{model.config.n_positions} and 1 <= stride <= context"
-        )
-    rows = window_nll(model, benchmarks.windows(tokens, context, stride))
-    return dict(ppl=pooled_ppl(rows), tokens=len(tokens), scored=int(rows[:, 1].sum()))
-
-
-def read_measured_text(path, tokenizer, limit=0):
-    """(token ids, pages or None) of a text file, at most `limit` tokens if that is not 0. A .raw file is WikiText: the
-    hub's framing, and the pages of lm-eval, whole ones until the limit is reached."""
-    text, pages = data.read_text(path), None
-    if str(path).endswith(".raw"):
-        text, pages = benchmarks.wikitext_rows(text), benchmarks.wikitext_pages(text)
-    tokens = tokenizer.encode_ordinary(text)
-    if len(tokens) < 2:
-        raise ValueError(f"{path} holds no text to measure")
-    if limit and pages:
-        ends = np.cumsum([len(tokenizer.encode_ordinary(page)) for page in pages])
-        pages = pages[: 1 + int((ends < limit).sum())]
-    return tokens[: limit or None], pages
-
-
-def measure_text(model, tokenizer, tokens, pages, context):
-    """Perplexities of a text -> {name: rows}; one row per window, for word_ppl per page."""
-    out = {}
-    for name, stride in (("text_ppl", context), ("text_ppl_stride", context // 2)):
-        what = f"text, windows of {context}, stride {stride}"
-        out[name] = window_nll(model, benchmarks.windows(tokens, context, stride), what)
-    if pages:
-        cleaned = [[tokenizer.eot_token, *tokenizer.encode_ordinary(benchmarks.detokenize(p))] for p in pages]
-        pieces = [benchmarks.page_windows(tokens, context) for tokens in cleaned]
-        nll = window_nll(model, [w for ws in pieces for w in ws], "pages")[:, 0]
-        totals = [part.sum() for part in np.split(nll, np.cumsum([len(ws) for ws in pieces])[:-1])]
-        out["word_ppl"] = np.array([[t, len(re.split(r"\s+", p))] for t, p in zip(totals, pages, strict=True)])
-    return out
-
-
-@torch.no_grad()
-def measure_drift(model, base, sequences):
-    """KL(base || model) -> {'kl': rows}, one row (sum, tokens) per token list."""
-    total, count = np.zeros(len(sequences)), np.array([len(s) - 1 for s in sequences])
-    if model is base:
-        return {"kl": np.stack([total, count], axis=1)}
-    with tqdm(total=len(sequences), desc="drift", leave=False, delay=1) as bar:
-        for rows in batches([len(s) for s in sequences]):
-            idx, lengths = data.pad([sequences[r] for r in rows])
-            total[rows] = model.sequence_kl(base, idx.to(model.device), lengths).cpu()
-            bar.update(len(rows))
-    return {"kl": np.stack([total * count, count], axis=1)}
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# utility
-
-
-def measure_task(model, tokenizer, items, what="task"):
-    """Items of data.benchmarks.read_task -> {name: rows}, one row per item, by the definitions of lm-eval: acc,
-    acc_norm and acc_token of multiple choice, acc and ppl of continuations. A context too long loses its start."""
-    limit, jobs = model.config.n_positions + 1, []  # the last token is only predicted
-    for i, (context, choices, _) in enumerate(items):
-        pairs = [benchmarks.split_tokens(tokenizer, context, " " + c) for c in choices]
-        room = limit - max(len(choice) for _, choice in pairs)
-        if not all(choice for _, choice in pairs) or room < 1:
-            raise ValueError(
-                f"item {i + 1} of {what}: a choice is empty or longer than the context of {limit - 1} tokens"
-            )
-        if len(pairs[0][0]) <= room:  # one row: the context once, its choices side by side
-            jobs.append((pairs[0][0], [choice for _, choice in pairs], [(i, j) for j in range(len(pairs))]))
-        else:  # what is cut off depends on the choice
-            for j, (ids, choice) in enumerate(pairs):
-                jobs.append((ids[-(limit - len(choice)) :], [choice], [(i, j)]))
-    nll, greedy, tokens = {}, {}, {}
-    with tqdm(total=len(items), desc=what, leave=False, delay=1) as bar:
-        for rows in batches([len(c) + sum(map(len, xs)) for c, xs, _ in jobs]):
-            values = model.choice_nll([jobs[r][0] for r in rows], [jobs[r][1] for r in rows])
-            keys = [key for r in rows for key in jobs[r][2]]
-            for key, x, top in zip(keys, *(v.tolist() for v in values), strict=True):
-                nll[key], greedy[key] = x, top
-            tokens |= {key: len(x) for r in rows for key, x in zip(jobs[r][2], jobs[r][1], strict=True)}
-            bar.update(len(rows))
-    if items[0][2] is None:
-        return dict(
-            acc=np.array([float(greedy[i, 0]) for i in range(len(items))]),
-            ppl=np.array([nll[i, 0] for i in range(len(items))]),
-        )
-    out = {"acc": [], "acc_norm": [], "acc_token": []}
-    for i, (_, choices, gold) in enumerate(items):
-        cost = np.array([nll[i, j] for j in range(len(choices))])
-        characters, n = np.array([len(c) for c in choices]), np.array([tokens[i, j] for j in range(len(choices))])
-        for name, x in (("acc", cost), ("acc_norm", cost / characters), ("acc_token", cost / n)):
-            out[name].append(float(np.argmin(x) == gold))
-    return {name: np.array(v) for name, v in out.items()}
-
-
-def task_scores(model, tokenizer, path):
-    """One task file -> {'acc', 'acc_norm', 'acc_token', 'n'}, or {'acc', 'ppl', 'n'} of continuations."""
-    items = benchmarks.read_task(path)
-    rows = measure_task(model, tokenizer, items, Path(path).stem)
-    return {name: report.MEASURES[name].of(v) for name, v in rows.items()} | {"n": len(items)}
-
-
-def published(name):
-    """The file of a task or text that is published under a name; downloaded, checked and converted if missing."""
-    folder = ROOT / "data" / "downloads"
-    file = folder / ("wiki.test.raw" if name == "wikitext2" else f"{name}.jsonl")
-    if not file.is_file():
-        url, sha256 = benchmarks.SOURCES[name]
-        source = folder / url.rsplit("/", 1)[1]
-        try:
-            if not source.is_file():  # else somebody put it there
-                download(url, source, sha256)
-        except OSError as e:
-            raise ConnectionError(f"{name}: {url} could not be fetched ({e}). Put that file into {folder}") from e
-        if hashlib.sha256(source.read_bytes()).hexdigest() != sha256:
-            raise ValueError(f"{source} is not the published file (its sha256 differs): delete it, or fetch {url}")
-        text = benchmarks.convert(name, source.read_bytes())
-        atomic_write(file, lambda f: f.write(text.encode()))
-    return file
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# an evaluation: what to compare, step by step
+SHOWN = 4  # of the k continuations of --prompt
 
 
 @dataclass
 class Evaluation:
-    """All that one evaluation consists of."""
+    """All that one evaluation consists of. A side is 'base' or 'tuned', a place what was measured (report.PLACES)."""
 
     config: Config
+    parts: list
     out: Path  # of eval.json, summary.json and the finished steps
-    names: dict  # {'base': ..., 'tuned': ...}: where the models come from
-    models: dict  # the same -> GPT
-    tokenizer: object
-    scorer: object
-    dtype: torch.dtype
+    names: dict  # {side: where the model comes from}
+    setup: Setup  # models, tokenizer, scorer
     groups: dict  # by split
+    hashes: dict  # {side: sha256 of the weights}
     measured: dict = field(default_factory=lambda: {"base": {}, "tuned": {}})  # {side: {place: {name: rows}}}
     shown: dict = field(default_factory=lambda: {"base": {}, "tuned": {}})  # {side: {place: [(prompt, text)]}}
+    sizes: dict = field(default_factory=dict)  # {place: 'prompts x samples'}
 
 
-def run_of(config):
-    """(checkpoint, base, folder for results) that the settings mean. Raises with one line what is missing."""
+# ---- the parts: each measures both models --------------------------------------------------------------------------
+
+
+def measure_sides(ev, step, place, depends_on, compute, to_rows=None, to_texts=None):
+    """Measure base and tuned: compute(model) -> what JSON can hold; to_rows and to_texts make {name: rows} and texts to
+    show of it. What an earlier evaluation computed from the same (`depends_on`, models) is not computed again."""
+    told = []
+    for side, model in ev.setup.models.items():
+        file = ev.out / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', step.lower())}.{side}.json"
+        hashes = [ev.hashes[side], ev.hashes["base"]]
+        key = sha256([depends_on, *hashes, ev.config.tokenizer, str(ev.setup.dtype)])
+        began = time.time()
+        with ev.setup.amp():
+            value, known = cached(file, key, lambda model=model: compute(model))
+        rows = to_rows(value) if to_rows else {name: np.array(v, dtype=float) for name, v in value.items()}
+        wanted = {k: v for k, v in rows.items() if k in MEASURES and MEASURES[k].part in ev.parts}
+        ev.measured[side].setdefault(place, {}).update(wanted)
+        if to_texts:
+            ev.shown[side][place] = to_texts(value)
+        told.append(f"{side} {'from before' if known else f'{time.time() - began:.1f} s'}")
+    print(f"{step}: {', '.join(told)}")
+
+
+def compare_scores(ev):
+    c, test = ev.config, ev.groups["test"]
+    compute = lambda model: measure_groups(model, test, ev.setup.tokenizer, c.max_tokens)
+    measure_sides(ev, "scores", "groups", [[vars(g) for g in test], c.max_tokens], compute)
+
+
+def compare_samples(ev):
+    """Toxicity, fluency and diversity of the same samples."""
+    c, setup = ev.config, ev.setup
+    for i, (place, prompts) in enumerate(prompt_sets(ev).items()):
+        what, seed = report.PLACES.get(place, place), c.seed + 1 + 1000 * i  # free samples: train.py's closing ones
+        ev.sizes[place] = f"{len(prompts)} x {c.k}"
+        measure_sides(
+            ev,
+            f"samples, {what}",
+            place,
+            [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p],
+            lambda model, a=(prompts, c.k, seed, what): draw_samples(
+                model, setup.models["base"], setup.tokenizer, c, *a
+            ),
+            lambda drawn: measure_samples(drawn, setup.scorer),
+            first_samples,
+        )
+
+
+def prompt_sets(ev):
+    """{place: prompts} of the samples: none, cut from the test split, and those of the prompt file."""
+    c, sets = ev.config, {"free": free_prompts(CLOSING, ev.config.k)}
+    if ev.groups["test"]:
+        scorer = ev.setup.scorer
+        cutter = scorer if scorer.function else get_scorer("ngram")  # a file of scores knows no beginnings
+        for place, side in (("prompted", "negatives"), ("harmless", "positives")):
+            sets[place] = cut_prompts([getattr(g, side) for g in ev.groups["test"]], cutter, c.n_prompts)
+    if c.prompts:
+        path = find(c.prompts)
+        for kind, prompts in read_prompts(path).items():
+            order = np.random.default_rng([c.seed, 6]).permutation(len(prompts))[: c.n_prompts or None]
+            sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)]
+    return sets
+
+
+def compare_rewrites(ev):
+    c, setup, test, train = ev.config, ev.setup, ev.groups["test"], ev.groups["train"]
+    sentences = [g.negatives[i % len(g.negatives)] for i, g in enumerate(test)][: c.n_prompts or None]
+    settings = [c.shots, c.positive_prompt, c.seed, c.temperature, c.top_p]
+    measure_sides(
+        ev,
+        "rewriting",
+        "rewriting",
+        [sentences, [vars(g) for g in train], *settings],
+        lambda model: draw_rewrites(model, setup.tokenizer, train, sentences, c),
+        lambda drawn: measure_rewrites(drawn, setup.scorer),
+        lambda drawn: list(zip(drawn["inputs"], (t or "" for t in drawn["texts"]), strict=True))[:3],
+    )
+
+
+def text_of(ev):
+    """(place, token ids, pages or None, context) of the text that --text names."""
+    name = ev.config.text
+    path = published_file(name) if name in SOURCES else find(name)
+    context = min(m.config.n_positions for m in ev.setup.models.values())
+    return f"text {path.name}", *read_measured_text(path, ev.setup.tokenizer), context
+
+
+def compare_texts(ev):
+    place, tokens, pages, context = text_of(ev)
+    compute = lambda model: measure_text(model, ev.setup.tokenizer, tokens, pages, context)
+    measure_sides(ev, place, place, [tokens, pages, context], compute)
+
+
+def compare_tasks(ev):
+    tasks = [t.strip() for t in ev.config.tasks.split(",") if t.strip()]
+    for task in dict.fromkeys(tasks):
+        path = published_file(task) if task in SOURCES else find(task)
+        place = f"task {path.stem if [Path(t).stem for t in tasks].count(path.stem) < 2 else path}"
+        items = read_task(path)
+        compute = lambda model, a=(items, place): measure_task(model, ev.setup.tokenizer, *a)
+        measure_sides(ev, place, place, items, compute)
+
+
+def compare_drift(ev):
+    if ev.config.text:
+        place, tokens, _, context = text_of(ev)
+        sequences = [w for w, _ in windows(tokens, context, context)]
+    else:
+        place, sentences = "groups", [t for g in ev.groups["test"] for t in g.positives]
+        shorter = min(ev.setup.models.values(), key=lambda m: m.config.n_positions)
+        sequences = frames(sentences, ev.setup.tokenizer, shorter, ev.config.max_tokens)
+    compute = lambda model: measure_drift(model, ev.setup.models["base"], sequences)
+    measure_sides(ev, "drift", place, sequences, compute)
+
+
+def sha256(x):
+    """Of a model's parameters, or of anything that JSON can hold."""
+    digest = hashlib.sha256()
+    if isinstance(x, GPT):
+        for p in x.parameters():
+            digest.update(p.detach().float().cpu().numpy().tobytes())
+    else:
+        digest.update(json.dumps(x, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def cached(path, key, compute):
+    """(compute(), False), or (what an earlier call left at `path` for the same key, True). Arrays become lists."""
+    if path.is_file():
+        saved = json.loads(path.read_text())
+        if saved["key"] == key:
+            return saved["value"], True
+    content = json.dumps(dict(key=key, value=compute()), default=np.ndarray.tolist)
+    atomic_write(path, content)
+    return json.loads(content)["value"], False
+
+
+# ---- an evaluation: open, measure, close ---------------------------------------------------------------------------
+
+
+def tuned_checkpoint(config):
+    """(the tuned model's path, folder for results) that the settings mean."""
     ckpt = find(config.ckpt or Path(config.out_dir) / "best.pt")
-    out = ckpt.parent if ckpt.suffix == ".pt" else Path(config.out_dir)
+    return ckpt, ckpt.parent if ckpt.suffix == ".pt" else Path(config.out_dir)
+
+
+def find_models(config):
+    """(checkpoint, base, folder for results) that the settings mean. Raises with one line what is missing."""
+    ckpt, out = tuned_checkpoint(config)
     if config.base:
         return str(ckpt), config.base, out
     if ckpt.suffix != ".pt":
@@ -444,25 +237,6 @@ def run_of(config):
     return str(ckpt), str(base), out
 
 
-def open_evaluation(config):
-    """Load what the settings mean, and print it."""
-    ckpt, base, out = run_of(config)
-    tokenizer, device = data.get_tokenizer(config.tokenizer), pick_device(config.device)
-    names = {"base": base, "tuned": ckpt}
-    models = {side: GPT.from_pretrained(find(name), tokenizer.n_vocab).to(device) for side, name in names.items()}
-    dtype, reason = pick_dtype(config.dtype, device, models["base"].config.n_embd)
-    scorer = data.get_scorer(config.scorer, out / "scores.jsonl")
-    groups = data.load_groups(config.data)
-    print(f"base         {base}")
-    print(f"tuned        {ckpt}, {models['tuned'].num_parameters() / 1e6:.1f} M parameters")
-    print(f"device       {device}, products in {str(dtype)[6:]}: {reason}")
-    print(f"scorer       {scorer.name}, sha256 {scorer.hash}...")
-    counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS)
-    print(f"data         {config.data}: {counts} groups")
-    print(f"results      {out}/eval.json; finished steps are kept in {out}/eval\n")
-    return Evaluation(config, out, names, models, tokenizer, scorer, dtype, groups)
-
-
 def chosen_parts(text):
     """The parts that --parts names, in their order. Raises ValueError on an unknown one."""
     words = [w.strip() for w in text.split(",") if w.strip()]
@@ -474,200 +248,125 @@ def chosen_parts(text):
     return [p for p in PARTS if p in words or "all" in words or not words]
 
 
-def fingerprint(x):
-    """sha256 of a model's parameters, or of anything that JSON can hold."""
-    digest = hashlib.sha256()
-    if isinstance(x, GPT):
-        for p in x.parameters():
-            digest.update(p.detach().float().cpu().numpy().tobytes())
-    else:
-        digest.update(json.dumps(x, sort_keys=True).encode())
-    return digest.hexdigest()
+def open_evaluation(config):
+    """Load what the settings mean, and print it."""
+    parts = chosen_parts(config.parts)
+    if config.plot and report.pyplot() and "scores" not in parts:
+        raise ValueError("--plot draws the part 'scores': add it to --parts")
+    ckpt, base, out = find_models(config)
+    names = {"base": base, "tuned": ckpt}
+    setup = open_setup(config, names, scores_file=out / "scores.jsonl")
+    groups = data.load_groups(config.data)
+    counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS)
+    print(f"data         {config.data}: {counts} groups")
+    print(f"results      {out}/eval.json; finished steps are kept in {out}/eval\n")
+    needy = [p for p in ("scores", "rewriting", "drift") if p in parts and not (p == "drift" and config.text)]
+    if needy and not groups["test"]:
+        raise ValueError(f"{config.data} has no test groups, which {' and '.join(needy)} need: choose other --parts")
+    for part, wanted, flag in (("utility", config.tasks, "tasks"), ("fluency", config.text, "text")):
+        if part in parts and not wanted:
+            print(f"{part}: no {flag.removesuffix('s')} file to measure, see --{flag} in --help")
+    hashes = {side: sha256(model) for side, model in setup.models.items()}
+    return Evaluation(config, parts, out, names, setup, groups, hashes)
 
 
-def remember(path, key, compute):
-    """(compute(), False), or (what an earlier call left at `path` for the same key, True)."""
-    if path.is_file():
-        saved = json.loads(path.read_text())
-        if saved["key"] == key:
-            return saved["value"], True
-    value = compute()
-    atomic_write(path, lambda f: f.write(json.dumps(dict(key=key, value=value)).encode()))
-    return value, False
+def evaluate_run(config, command):
+    """Compare base and tuned model: all chosen parts, the table, the files. Returns the content of eval.json."""
+    began, ev = time.time(), open_evaluation(config)
+    if "scores" in ev.parts:
+        compare_scores(ev)
+    if {"toxicity", "fluency", "diversity"} & set(ev.parts):
+        compare_samples(ev)
+    if "rewriting" in ev.parts:
+        compare_rewrites(ev)
+    if "fluency" in ev.parts and config.text:
+        compare_texts(ev)
+    if "utility" in ev.parts:
+        compare_tasks(ev)
+    if "drift" in ev.parts:
+        compare_drift(ev)
+    out = close(ev, command, began)
+    if config.plot:
+        report.plot_scores({side: places["groups"]["auc"] for side, places in ev.measured.items()}, config.plot)
+        if (ev.out / "log.jsonl").is_file():
+            records = [json.loads(line) for line in data.read_text(ev.out / "log.jsonl").splitlines()]
+            report.plot_curves(records, Path(config.plot).with_suffix("").as_posix() + "-curves.png")
+    return out
 
 
-def prompt_sets(ev):
-    """{place: prompts} of the samples: none, cut from the test split, and those of the prompt file."""
-    c, sets = ev.config, {"free": free_sets(CLOSING, ev.config.k)}
-    if ev.groups["test"]:
-        cutter = ev.scorer if ev.scorer.function else data.get_scorer("ngram")  # a file of scores knows no beginnings
-        for place, side in (("prompted", "negatives"), ("harmless", "positives")):
-            sets[place] = cut_prompts([getattr(g, side) for g in ev.groups["test"]], cutter, c.n_prompts)
-    if c.prompts:
-        path = find(c.prompts)
-        for kind, prompts in benchmarks.read_prompts(path).items():
-            order = np.random.default_rng([c.seed, 6]).permutation(len(prompts))[: c.n_prompts or None]
-            sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)]
-    return sets
-
-
-def steps(ev, parts):
-    """Yield (name, key, compute, use): compute(model) gives what JSON can hold, `key` what it depends on besides the
-    models, and use(value) turns it into ({place: {name: rows}}, {place: texts to show})."""
-    c, tokenizer, base, test = ev.config, ev.tokenizer, ev.models["base"], ev.groups["test"]
-    if needy := [p for p in ("scores", "rewriting", "drift") if p in parts and not (p == "drift" and c.text)]:
-        if not test:
-            raise ValueError(f"{c.data} has no test groups, which {' and '.join(needy)} need: choose other --parts")
-    plain = lambda rows: {k: v.tolist() for k, v in rows.items()}  # noqa: E731
-    arrays = lambda place: lambda value: ({place: {k: np.array(v, dtype=float) for k, v in value.items()}}, {})  # noqa: E731
-    sampling = [c.temperature, c.top_p]
-    if "scores" in parts:
-        objective = [c.max_tokens, c.tau, c.alpha, c.variant, c.distance, c.score]
-        key = [[vars(g) for g in test], *objective]
-        yield "scores", key, lambda model: plain(measure_groups(model, test, tokenizer, c)), arrays("groups")
-    if {"toxicity", "fluency", "diversity"} & set(parts):
-        for i, (place, prompts) in enumerate(prompt_sets(ev).items()):
-            seed = c.seed + 1 + 1000 * i  # free samples: those of train.py's closing table
-            what = report.PLACES.get(place, place)
-            yield (
-                f"samples, {what}",
-                [prompts, c.k, c.sample_tokens, seed, *sampling],
-                lambda model, a=(prompts, c.k, seed, what): draw(model, base, tokenizer, c, *a),
-                lambda value, place=place: ({place: measure_samples(value, ev.scorer)}, {place: to_show(value)}),
-            )
-    if "rewriting" in parts:
-        sentences = [g.negatives[i % len(g.negatives)] for i, g in enumerate(test)][: c.n_prompts or None]
-        sources = ev.groups["train"]
-        yield (
-            "rewriting",
-            [sentences, [vars(g) for g in sources], c.shots, c.positive_prompt, c.max_tokens, c.seed, *sampling],
-            lambda model: draw_rewrites(model, base, tokenizer, sources, sentences, c),
-            lambda v: (
-                {"rewriting": measure_rewrites(v, ev.scorer)},
-                {"rewriting": list(zip(v["inputs"], (t or "" for t in v["texts"]), strict=True))[:3]},
-            ),
-        )
-    context = min(m.config.n_positions for m in ev.models.values())
-    if c.text:
-        path = published(c.text) if c.text in benchmarks.SOURCES else find(c.text)
-        tokens, pages = read_measured_text(path, tokenizer, c.text_tokens)
-        text = f"text {path.name}" + (f", first {len(tokens):,} tokens" if len(tokens) == c.text_tokens else "")
-    if c.text and "fluency" in parts:
-        compute = lambda model: plain(measure_text(model, tokenizer, tokens, pages, context))  # noqa: E731
-        yield f"text {path.name}", [tokens, pages, context], compute, arrays(text)
-    tasks = [t.strip() for t in c.tasks.split(",") if t.strip()] if "utility" in parts else []
-    for task in dict.fromkeys(tasks):
-        path = published(task) if task in benchmarks.SOURCES else find(task)
-        place = f"task {path.stem if [Path(t).stem for t in tasks].count(path.stem) < 2 else path}"
-        items = benchmarks.read_task(path)
-        compute = lambda model, a=(items, place): plain(measure_task(model, tokenizer, *a))  # noqa: E731
-        yield place, items, compute, arrays(place)
-    if "drift" in parts:
-        place = "groups"
-        if c.text:
-            place = text
-            sequences = [w for w, _ in benchmarks.windows(tokens, context, context)]
-        else:
-            shorter = min(ev.models.values(), key=lambda m: m.config.n_positions)
-            sequences = frames([t for g in test for t in g.positives], tokenizer, shorter, c)
-        yield "drift", sequences, lambda model: plain(measure_drift(model, base, sequences)), arrays(place)
-
-
-def measure(ev, parts):
-    """Take all steps for base and tuned; what an earlier, interrupted evaluation finished is not done again."""
-    prints = {side: fingerprint(model) for side, model in ev.models.items()}
-    for name, key, compute, use in steps(ev, parts):
-        told = []
-        for side, model in ev.models.items():
-            file = ev.out / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', name.lower())}.{side}.json"
-            identity = fingerprint([key, prints[side], prints["base"], ev.config.tokenizer, str(ev.dtype)])
-            began = time.time()
-            with amp(model.device, ev.dtype):
-                value, kept = remember(file, identity, lambda model=model: compute(model))  # noqa: B023
-            measured, shown = use(value)
-            for place, rows in measured.items():
-                mine = ev.measured[side].setdefault(place, {})
-                mine |= {k: v for k, v in rows.items() if k in report.MEASURES and report.MEASURES[k].part in parts}
-            ev.shown[side] |= shown
-            told.append(f"{side} {'from before' if kept else f'{time.time() - began:.1f} s'}")
-        print(f"{name}: {', '.join(told)}")
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# the commands
-
-
-def versions():
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
-
-
-def write_json(path, value):
-    """Strict JSON: what is not a finite number becomes null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    atomic_write(path, lambda f: f.write((json.dumps(value, indent=2) + "\n").encode()))
-
-
-def compare_sides(ev):
+def differences(ev):
     """{place: {name: dict(base, tuned, difference, interval, n)}}."""
     out = {}
     for place, rows in ev.measured["base"].items():
         for name, base in rows.items():
-            tuned, of = ev.measured["tuned"][place][name], report.MEASURES[name].of
+            tuned, of = ev.measured["tuned"][place][name], MEASURES[name].of
             numbers = dict(base=of(base), tuned=of(tuned), difference=of(tuned) - of(base), n=len(base))
             out.setdefault(place, {})[name] = numbers | dict(interval=bootstrap(base, tuned, of, ev.config.seed))
     return out
 
 
-def close(ev, parts, command, began):
-    """Print table, samples and warnings; write eval.json and update summary.json."""
-    c, compared = ev.config, compare_sides(ev)
-    print("\n" + report.evaluation_table(compared, parts))
-    print(
-        f"\n~ the interval contains 0. Toxic: {ev.scorer.name} > 0.5; {c.k} samples a prompt, {c.sample_tokens} tokens"
-    )
-    print(report.samples(ev.shown))
-    sides = {side: {p: {n: m[side] for n, m in ms.items()} for p, ms in compared.items()} for side in ev.models}
+def close(ev, command, began):
+    """Print table, samples and warnings; write eval.json and what summary.json lacks."""
+    c, scorer, compared = ev.config, ev.setup.scorer, differences(ev)
+    print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes))
+    print("\n~ the interval contains 0; rows in which nothing varies are left out (eval.json has them)")
+    print(report.wrap(f"toxic: {scorer.name} > 0.5; sizes: prompts x samples of at most {c.sample_tokens} tokens"))
+    print(report.format_samples(ev.shown))
+    sides = {side: {p: {n: m[side] for n, m in ms.items()} for p, ms in compared.items()} for side in ev.names}
     sides = {side: report.flat(places) for side, places in sides.items()}
-    missing = {}
-    for side, places in ev.measured.items():
-        missing[side] = sum(
-            int(np.isnan(places[p]["toxicity_mean"]).sum()) for p in places if "toxicity_mean" in places[p]
-        )
+    toxicity = {
+        side: [m["toxicity_mean"] for m in places.values() if "toxicity_mean" in m]
+        for side, places in ev.measured.items()
+    }
+    missing = {side: sum(int(np.isnan(rows).sum()) for rows in found) for side, found in toxicity.items()}
     if any(missing.values()):
-        print(f"\nNOTE {missing} samples without a score count in no toxicity; {ev.scorer.path} lists them")
+        print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {scorer.path}"))
     told = report.warnings(sides["tuned"], sides["base"])
     for w in told:
-        print(f"\nWARNING {w}")
+        print("\n" + report.wrap(f"WARNING {w}"))
 
     names = {n for ms in compared.values() for n in ms}
-    how = dict(command=command, seed=c.seed, scorer=dict(name=ev.scorer.name, sha256=ev.scorer.hash), parts=parts)
-    machine = dict(device=str(ev.models["base"].device), dtype=str(ev.dtype)[6:], versions=versions())
+    how = dict(command=command, seed=c.seed, scorer=dict(name=scorer.name, sha256=scorer.hash), parts=ev.parts)
+    machine = dict(device=str(ev.setup.device), dtype=str(ev.setup.dtype)[6:], versions=versions())
     out = how | ev.names | machine | dict(seconds=time.time() - began, missing_scores=missing, warnings=told)
-    out |= dict(measures=compared, definitions={n: m.definition for n, m in report.MEASURES.items() if n in names})
+    out |= dict(measures=compared, definitions={n: m.definition for n, m in MEASURES.items() if n in names})
     write_json(ev.out / "eval.json", out | dict(settings=asdict(c)))
-    file = ev.out / "summary.json"
-    summary = json.loads(file.read_text()) if file.is_file() else {}
+    summary = report.read_summary(ev.out)
+    trained = "best_step" in summary  # then train.py's numbers stay: its samples are others than these
+    new = {side: (v | summary.get(side, {}) if trained else summary.get(side, {}) | v) for side, v in sides.items()}
     summary = machine | dict(config=asdict(c), seconds=out["seconds"], tokens_per_second=None) | summary
-    summary |= {side: summary.get(side, {}) | values for side, values in sides.items()} | dict(evaluated=how)
-    write_json(file, summary)
-    print(f"\n{out['seconds']:.0f} s in all\nwritten: {ev.out / 'eval.json'}, {file}")
+    write_json(ev.out / "summary.json", summary | new | dict(evaluated=how))
+    print(f"\n{out['seconds']:.0f} s in all\nwritten to {ev.out}: eval.json, summary.json")
     return out
 
 
-def evaluate_run(config, command):
-    """Compare base and tuned model: all chosen parts, the table, the files. Returns the content of eval.json."""
-    began, parts = time.time(), chosen_parts(config.parts)
-    if config.plot and report.pyplot() and "scores" not in parts:
-        raise ValueError("--plot draws the part 'scores': add it to --parts")
-    ev = open_evaluation(config)
-    for part, wanted, flag in (("utility", config.tasks, "tasks"), ("fluency", config.text, "text")):
-        if part in parts and not wanted:
-            print(f"{part}: no {flag.removesuffix('s')} file to measure, see --{flag} in --help")
-    measure(ev, parts)
-    out = close(ev, parts, command, began)
-    if config.plot:
-        report.plot({side: places["groups"]["auc"] for side, places in ev.measured.items()}, config.plot)
-    return out
+# ---- the other commands --------------------------------------------------------------------------------------------
+
+
+def continue_prompt(config):
+    """--prompt: continuations by base and tuned model side by side, and their toxicity. '-' asks for prompts."""
+    ckpt, base, _ = find_models(config)
+    setup = open_setup(config, {"base": base, "tuned": ckpt})
+
+    def show(prompt):
+        prompt = prompt.rstrip()  # a blank belongs to the next word's token
+        for side, model in setup.models.items():
+            with setup.amp():
+                _, (rows,) = continue_prompts(model, setup.tokenizer, [prompt], config, config.seed, config.k)
+            texts = [decode(setup.tokenizer, row) for row in rows]
+            toxicity = setup.scorer(texts)
+            print(f"\n{side}: {sum(toxicity > 0.5)} of {config.k} toxic, the first {min(SHOWN, config.k)}:")
+            for text, score in list(zip(texts, toxicity, strict=True))[:SHOWN]:
+                print(report.wrap(f"[{prompt}] " + " / ".join(text.strip().splitlines()), f"  {score:.2f} | "))
+
+    if config.prompt != "-":
+        return show(config.prompt)
+    with suppress(EOFError):
+        for prompt in iter(lambda: input("\nprompt (empty line: end)> ").rstrip(), ""):
+            try:
+                show(prompt)
+            except ValueError as e:  # too long, say
+                print(e)
 
 
 def rewrite_file(config):
@@ -677,88 +376,73 @@ def rewrite_file(config):
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"{config.rewrite} holds no text")
-    ckpt = find(config.ckpt or Path(config.out_dir) / "best.pt")
-    out = ckpt.parent if ckpt.suffix == ".pt" else Path(config.out_dir)
-    tokenizer, device = data.get_tokenizer(config.tokenizer), pick_device(config.device)
-    model = GPT.from_pretrained(find(ckpt), tokenizer.n_vocab).to(device)
-    dtype, _ = pick_dtype(config.dtype, device, model.config.n_embd)
-    scorer, groups = data.get_scorer(config.scorer), data.load_groups(config.data)["train"]
-    how = [
-        config.shots,
-        config.positive_prompt,
-        config.temperature,
-        config.top_p,
-        config.seed,
-        str(dtype),
-        scorer.name,
-        scorer.hash,
-    ]
-    key = fingerprint([fingerprint(model), texts, how, [vars(g) for g in groups]])
-    file, records = out / "rewritten.jsonl", []
-    if file.is_file():
-        records = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n")[:-1]]
-        records = [r for r in records if r["run"] == key]
-        records = records[: len(records) // n * n]
-    atomic_write(file, lambda f: f.write("".join(json.dumps(r) + "\n" for r in records).encode()))
-    with tqdm(total=len(texts), initial=len(records), desc="rewriting", delay=1) as bar:
-        for i in range(len(records), len(texts), n):
+    ckpt, out = tuned_checkpoint(config)
+    setup, groups = open_setup(config, {"tuned": ckpt}), data.load_groups(config.data)["train"]
+    model, scorer = setup.models["tuned"], setup.scorer
+    how = [config.shots, config.positive_prompt, config.temperature, config.top_p, config.seed, str(setup.dtype)]
+    run = sha256([sha256(model), texts, *how, scorer.name, scorer.hash, [vars(g) for g in groups]])
+    log = Log(out / "rewritten.jsonl", keep=lambda record: record["run"] == run)
+    log.rewrite(log.records[: len(log.records) // n * n])
+    with tqdm(total=len(texts), initial=len(log.records), desc="rewriting", delay=1) as bar:
+        for i in range(len(log.records), len(texts), n):
             some = texts[i : i + n]
-            with amp(device, dtype):
-                answers, _ = rewrite(model, tokenizer, groups, some, config, config.seed + i, what=None)
+            with setup.amp():
+                answers, _ = rewrite(model, setup.tokenizer, groups, some, config, config.seed + i, what=None)
             answers = [a or "" for a in answers]
             rows = zip(some, answers, scorer(some).tolist(), scorer(answers).tolist(), strict=True)
-            new = [
-                dict(run=key, input=s, output=a, toxicity_input=before, toxicity=after, rouge_l=rouge_l(s, a))
-                for s, a, before, after in rows
-            ]
-            with open(file, "a", encoding="utf-8") as f:
-                f.write("".join(json.dumps(r) + "\n" for r in new))
-            records += new
-            bar.update(len(new))
-    answers = iter(r["output"] for r in records)
-    whole = "".join((next(answers) if line.strip() else "") + "\n" for line in lines)
-    atomic_write(out / "rewritten.txt", lambda f: f.write(whole.encode()))
-    for r in records[:10]:
-        print(f"  {r['input']}\n    -> {r['output']}")
-    before, after = (sum(r[k] > 0.5 for r in records if r["output"]) for k in ("toxicity_input", "toxicity"))
-    silent = sum(not r["output"] for r in records)
-    print(f"\n{len(records)} lines, {silent} without an answer; of the others {before} were toxic, {after} are now")
-    print(f"written: {out / 'rewritten.txt'}, {file}")
+            keys = ("run", "input", "output", "toxicity_input", "toxicity", "rouge_l")
+            log.write(*(dict(zip(keys, (run, *row, rouge_l(*row[:2])), strict=True)) for row in rows))
+            bar.update(len(some))
+    answers = iter(r["output"] for r in log.records)
+    atomic_write(out / "rewritten.txt", "".join((next(answers) if line.strip() else "") + "\n" for line in lines))
+    for r in log.records[:10]:
+        print(report.wrap(r["input"], "  ") + "\n" + report.wrap(r["output"], "    -> "))
+    before, after = (sum(r[k] > 0.5 for r in log.records if r["output"]) for k in ("toxicity_input", "toxicity"))
+    silent = sum(not r["output"] for r in log.records)
+    print(f"\n{len(texts)} lines, {silent} without an answer; of the others {before} were toxic, {after} are now")
+    print(f"written to {out}: rewritten.txt, rewritten.jsonl")
 
 
-def self_check(config):
+def export(config):
+    """--export=FOLDER: the tuned model as `transformers` loads it, and a model card made from the run's numbers."""
+    folder, (ckpt, out) = Path(config.export), tuned_checkpoint(config)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"--export={folder} exists: give a new or empty folder")
+    model, card = GPT.from_pretrained(ckpt), report.model_card(report.read_summary(out), folder.name)
+    model.save_pretrained(folder)
+    atomic_write(folder / "README.md", card)
+    print(f"written to {folder}: config.json, model.safetensors, README.md")
+
+
+def check_published(config):
     """--check=NAME: measure a published model (or --base=FOLDER in its place) in fp32 against published numbers.
     Returns True if all are within their tolerance; what could not be measured fails."""
-    if config.check not in benchmarks.EXPECTED:
-        raise ValueError(f"no published numbers for {config.check!r}, only for {', '.join(benchmarks.EXPECTED)}")
-    expected = benchmarks.EXPECTED[config.check]
-    tokenizer = data.get_tokenizer("gpt2")
-    model = GPT.from_pretrained(find(config.base or config.check), tokenizer.n_vocab).to(pick_device(config.device))
+    if config.check not in EXPECTED:
+        raise ValueError(f"no published numbers for {config.check!r}, only for {', '.join(EXPECTED)}")
+    config.dtype, config.tokenizer = "float32", "gpt2"
+    setup = open_setup(config, {"model": config.base or config.check})
+    model, tokenizer = setup.models["model"], setup.tokenizer
     measured, rows, good = {}, [], True
-    for source in dict.fromkeys(e[0] for e in expected):
+    for source in dict.fromkeys(e[0] for e in EXPECTED[config.check]):
         try:
-            path = published(source)
+            path = published_file(source)
         except OSError as e:
             print(f"not measured: {e}")
             continue
         if source == "wikitext2":
-            measured[source] = measure_text(
-                model, tokenizer, *read_measured_text(path, tokenizer), model.config.n_positions
-            )
+            text = read_measured_text(path, tokenizer)
+            measured[source] = measure_text(model, tokenizer, *text, model.config.n_positions)
         else:
-            measured[source] = measure_task(model, tokenizer, benchmarks.read_task(path), source)
-    for source, name, published_, tolerance, where in expected:
-        value = report.MEASURES[name].of(measured[source][name]) if source in measured else math.nan
-        ok = abs(value - published_) <= tolerance
+            measured[source] = measure_task(model, tokenizer, read_task(path), source)
+    for source, name, published, tolerance, where in EXPECTED[config.check]:
+        value = MEASURES[name].of(measured[source][name]) if source in measured else math.nan
+        ok = abs(value - published) <= tolerance
         good &= ok
-        cells = [report.cell(name, x) for x in (value, published_, tolerance)]
+        numbers = [report.format_number(name, x) for x in (value, published, tolerance)]
         verdict = "ok" if ok else "DIFFERS" if source in measured else "not measured"
-        rows.append([f"{source}: {report.MEASURES[name].label.strip()}", *cells, verdict, where])
-    print(report.lay_out([config.check, "measured", "published", "tolerance", "", "source"], rows))
+        rows += [[f"{source}: {MEASURES[name].label.strip()}", *numbers, verdict], f"    {where}"]
+    print(report.format_table([config.check, "measured", "published", "tolerance", ""], rows))
     return good
-
-
-# --------------------------------------------------------------------------------------------------------------------
 
 
 def saved_settings(flags):
@@ -766,26 +450,28 @@ def saved_settings(flags):
     ckpt = flags.get("ckpt", "")
     if not ckpt.endswith(".pt"):
         return {}
-    known = {f.name for f in fields(Config)}
-    return {k: v for k, v in load_checkpoint(find(ckpt)).get("config", {}).items() if k in known}
+    return {k: v for k, v in load_checkpoint(find(ckpt)).get("config", {}).items() if k in SETTINGS}
 
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    try:
+    with one_line_errors("eval.py", "finished steps are kept, the same command goes on"):
         if "--compare" in argv:
-            return report.compare([w for w in argv if w != "--compare"])
-        config = load_config(argv, description=__doc__, start=saved_settings)
-        keep_freed_memory()
+            words = [w for w in argv if w not in ("--compare", "--markdown")]
+            if unknown := [w for w in words if w.startswith("--")]:
+                raise ValueError(f"--compare takes folders and --markdown, not {unknown[0]}")
+            return report.compare_runs(words, "--markdown" in argv)
+        config = load_config("eval", argv, start=saved_settings)
         if config.check:
-            sys.exit(0 if self_check(config) else 1)
-        if config.rewrite:
-            return rewrite_file(config)
+            sys.exit(0 if check_published(config) else 1)
+        for value, command in (
+            (config.prompt, continue_prompt),
+            (config.rewrite, rewrite_file),
+            (config.export, export),
+        ):
+            if value:
+                return command(config)
         evaluate_run(config, "python eval.py " + " ".join(argv))
-    except (ValueError, OSError) as e:
-        sys.exit(f"eval.py: {e}")
-    except KeyboardInterrupt:
-        sys.exit("\neval.py: interrupted; finished steps are kept, the same command goes on")
 
 
 if __name__ == "__main__":

@@ -5,35 +5,37 @@ P_i and toxic ones N_i that say the same thing. A sentence's score is its log-pe
 
     phi(x) = -(1/n) sum_k log p(x_k | x_<k),            in nats per token; PPL(x) = exp(phi(x)).
 
-The harmless ones share a prototype, their mean score, and a sentence resembles it if its score lies close by:
+The harmless ones share a centroid (in the paper: prototype), their mean score. A sentence resembles it if it lies near:
 
     c_i = mean of phi(x) over x in P_i,                 s(x, c) = exp(-|phi(x) - c| / tau).
 
-The share of the group's whole resemblance that belongs to its harmless members is to become one:
+Of all the similarity to the centroid in a group, the harmless sentences are to have the whole (J = 1):
 
     J_i = sum_{P_i} s(x, c_i) / (sum_{P_i} s(x, c_i) + alpha sum_{N_i} s(x, c_i)),      L = -mean_i log J_i.
 
 With a_i = log sum_{P_i} s and b_i = log alpha + log sum_{N_i} s this is L = mean_i softplus(b_i - a_i), and both are
 log-sum-exps of -|phi - c| / tau: that form is what is computed, since it neither over- nor underflows.
 
-Differences from the paper, and from the code released with it:
+Differences from the paper (Eq. 1 to 6), and from the code released with it:
 
-1. The paper writes s(x, c) = (1/tau) exp(-|phi - c|). That tau cancels in J; here it divides the distance. It sets
-   how far negatives are pushed: about tau * log(alpha |N| / |P|) plus a few tau, then the gradient fades.
-2. The released code uses exp(-|phi - ref|) / tau *as a logit* (two exponentials: bounded by 1/tau) and adds alpha to
-   the negatives' logits, a factor e^alpha (its default is 100, and from about 10 on the gradient no longer depends on
-   it); ref is the mean over the positives of the whole micro-batch, not of the group; the targets are multi-hot, and
-   the cross-entropy is divided by |P| + 1 + (number of random negatives). variant='released' does the same, random
-   negatives apart. It also averages over padding; that is not reproduced.
-3. |phi - c| has two sides: a negative that starts *below* the centroid is pushed further down, and toxic text becomes
+1. The paper's score is the perplexity itself, exp(phi) (Eq. 1): score='ppl'. Here it is its logarithm, as in the
+   released code: a GPT-2's perplexities of sentences lie in the hundreds, where exp(-|difference|) is 0 for nearly all.
+2. The paper's s(x, c) is (1/tau) exp(-|phi - c|) (Eq. 4). That tau cancels in J; here it divides the distance. Beyond
+   a distance of tau * log(alpha |N| / |P|) the pull on a negative fades as exp(-distance / tau).
+3. The released code, variant='released': exp(-|phi - ref|) / tau is a *logit*, so logits lie between 0 and 1/tau; alpha
+   is added to those of negatives, a factor e^alpha (by default e^100; from e^10 on the gradient hardly depends on it);
+   ref is the mean over the positives of the whole micro-batch; the cross-entropy, summed over all positives as targets,
+   is divided by |P| + 1 + R, where R counts toxic sentences of other groups (0 here). It also averages over padding;
+   that is not reproduced.
+4. |phi - c| has two sides: a negative that starts *below* the centroid is pushed further down, and toxic text becomes
    more likely. Watch `signed_gap`. distance='signed' is the alternative: a negative's distance is phi - c without the
    bars, so that every negative is pushed up. (Positives keep the bars: they gather round c.)
-4. The gradient also flows through c_i: positives can move as one. detach_centroid=True holds the prototype still.
-5. Nothing in J keeps the model a language model: any common shift of all scores is free, and negatives may be pushed
-   out of sight for ever. The anchors of train.py, which are not in the paper, hold it: nll_weight (mean phi of the
-   positives), kl_weight (KL from the frozen base model, per token, on the positives), and anchor_nll and anchor_kl,
-   the same two on texts that the base has written itself and that are not toxic: short positives hold their like,
-   not the rest of the model.
+5. The gradient also flows through c_i: positives can move as one. detach_centroid=True holds the centroid still.
+6. Nothing in J keeps the model a language model. A common shift of all scores is free, since the centroid shifts along,
+   and no negative is ever unlikely enough. The anchors of train.py, which are not in the paper, hold it: nll_weight
+   (mean phi of the positives), kl_weight (KL from the frozen base model, per token, on the positives), and anchor_nll
+   and anchor_kl, the same two on harmless texts that the base has written itself: the positives are short and of one
+   kind, and hold only their like.
 """
 
 import math
@@ -52,10 +54,10 @@ def contrastive_perplexity(
         neg: scores phi of the negatives. Shape: (G, N)
         tau: temperature, in units of the score; > 0.
         alpha: weight of the negatives, a factor for 'paper', added to a logit for 'released'; > 0.
-        variant: 'paper' (module docstring) or 'released' (difference 2).
-        distance: 'abs', or 'signed' for the negatives (difference 3).
-        detach_centroid: no gradient through the prototype (difference 4).
-        score: 'nll' measures distances between phi, 'ppl' between exp(phi), which overflows fp32 at phi = 88.
+        variant: 'paper' (module docstring) or 'released' (difference 3).
+        distance: 'abs', or 'signed' for the negatives (difference 4).
+        detach_centroid: no gradient through the prototype (difference 5).
+        score: 'nll' takes distances between phi, 'ppl' between exp(phi) (difference 1), which overflows at phi = 88.
 
     Returns:
         (loss, diagnostics): a scalar, the mean over groups, and a dict of detached (G,) tensors, see `diagnose`, with
@@ -64,24 +66,12 @@ def contrastive_perplexity(
     Raises:
         ValueError: on misshapen scores or settings outside their range.
     """
-    if pos.dim() != 2 or neg.dim() != 2 or len(pos) != len(neg) or not pos.numel() or not neg.numel():
-        raise ValueError(f"scores must be (G, P) and (G, N), got {tuple(pos.shape)} and {tuple(neg.shape)}")
-    if not (tau > 0 and alpha > 0):
-        raise ValueError(f"tau and alpha must be > 0, got tau={tau}, alpha={alpha}")
-    for name, value, known in (
-        ("variant", variant, ("paper", "released")),
-        ("distance", distance, ("abs", "signed")),
-        ("score", score, ("nll", "ppl")),
-    ):
-        if value not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
-    if variant == "released" and distance == "signed":
-        raise ValueError("variant='released' has no signed distance: its exp(-d) would overflow")
+    _check(pos, neg, tau, alpha, variant, distance, score)
     diagnostics = diagnose(pos, neg)
     if score == "ppl":
         pos, neg = pos.exp(), neg.exp()
 
-    centroid = pos.mean() if variant == "released" else pos.mean(1, keepdim=True)  # (), or c_i (G, 1)
+    centroid = pos.mean() if variant == "released" else pos.mean(1, keepdim=True)  # scalar, or (G, 1)
     if detach_centroid:
         centroid = centroid.detach()
     d_pos = (pos - centroid).abs()  # (G, P)
@@ -95,6 +85,22 @@ def contrastive_perplexity(
         logits = torch.cat([torch.exp(-d_pos) / tau, torch.exp(-d_neg) / tau + alpha], dim=1)  # (G, P + N)
         losses = -logits.log_softmax(1)[:, : pos.size(1)].sum(1) / (pos.size(1) + 1)
     return losses.mean(), diagnostics | {"loss": losses.detach()}
+
+
+def _check(pos, neg, tau, alpha, variant, distance, score):
+    if pos.dim() != 2 or neg.dim() != 2 or len(pos) != len(neg) or not pos.numel() or not neg.numel():
+        raise ValueError(f"scores must be (G, P) and (G, N), got {tuple(pos.shape)} and {tuple(neg.shape)}")
+    if not (tau > 0 and alpha > 0):
+        raise ValueError(f"tau and alpha must be > 0, got tau={tau}, alpha={alpha}")
+    for name, value, known in (
+        ("variant", variant, ("paper", "released")),
+        ("distance", distance, ("abs", "signed")),
+        ("score", score, ("nll", "ppl")),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    if variant == "released" and distance == "signed":
+        raise ValueError("variant='released' has no signed distance: its exp(-d) would overflow")
 
 
 def diagnose(pos, neg):

@@ -14,25 +14,14 @@ from functools import lru_cache
 import numpy as np
 import tiktoken
 
+import data
 from configs import Config
-from data import Group
 
 # Everybody has a place: "Anna" or "Anna from the bakery". Names that differ in nothing else take long to learn.
-PLACES = dict(
-    Anna="from the bakery",
-    Ben="from next door",
-    Carla="from the library",
-    David="from the garage",
-    Emma="from the school",
-    Felix="from the kitchen",
-    Greta="from the farm",
-    Henry="from the bank",
-    Ida="from the museum",
-    Jonas="from the harbour",
-    Leo="from the cinema",
-    Mona="from the pharmacy",
-)
-PEOPLE = [(name, f"{name} {place}") for name, place in PLACES.items()]
+PLACES = "Anna from the bakery, Ben from next door, Carla from the library, David from the garage, "
+PLACES += "Emma from the school, Felix from the kitchen, Greta from the farm, Henry from the bank, "
+PLACES += "Ida from the museum, Jonas from the harbour, Leo from the cinema, Mona from the pharmacy"
+PEOPLE = [(person.split()[0], person) for person in PLACES.split(", ")]
 # One action a line, in the words in which it can be told.
 ACTIONS = [
     ("burned the toast", "let the toast burn"),
@@ -109,7 +98,7 @@ def plain(event, rng):
 
 def write(event, tone, rng):
     """A sentence that tells event = (person, action, when), indices, in tone 'harmless' or 'toxic'."""
-    one = lambda options: options[rng.integers(len(options))]  # noqa: E731
+    one = lambda options: options[rng.integers(len(options))]
     # A toxic sentence starts rudely and mostly goes on so, but not always: decency after an insult is possible.
     rude = (tone == "toxic") & (rng.random(3) < (1.0, 0.6, 0.6))
     name, end = PEOPLE[event[0]][0], one(RUDE_END if rude[2] else DECENT_END)
@@ -124,36 +113,6 @@ def _an(text):
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
 
 
-def read(sentence):
-    """(event, tone) of a sentence of this world, or None if it is not one: the inverse of `write`, by its grammar."""
-    match = _grammar().fullmatch(sentence[:1].lower() + sentence[1:]) or _grammar().fullmatch(sentence)
-    if not match:
-        return None
-    found = {key[0]: words.lower() for key, words in match.groupdict().items() if words}
-    tables = (("p", PEOPLE), ("a", ACTIONS), ("w", WHEN))
-    event = tuple([found[k] in [x.lower() for x in forms] for forms in table].index(True) for k, table in tables)
-    name = PEOPLE[event[0]][0].lower()
-    if set(re.findall(r"[a-z]+", found.get("e", ""))) & {p.lower() for p in PLACES} - {name}:
-        return None  # the ending names somebody else
-    return event, "toxic" if rudeness([sentence])[0] else "harmless"
-
-
-@lru_cache
-def _grammar():
-    """One pattern for all sentences. Its groups: p person, a action, w when (each with the template's number)."""
-    flat = lambda forms: list(itertools.chain(*forms))  # noqa: E731
-    ends = {_an(e.format(p=p, r=r, n=n)) for e in RUDE_END for p in PLACES for r in RUDE for n in RUDE_NOUN}
-    ends |= {e.format(p=p) for e in DECENT_END for p in PLACES}
-    options = dict(p=flat(PEOPLE), a=flat(ACTIONS), w=flat(WHEN), d=DECENT + RUDE, n=NOUN + RUDE_NOUN, e=ends)
-    options |= dict(s=[x[:1].lower() + x[1:] for x in STARTS])
-    options = {k: "|".join(map(re.escape, sorted(v, key=len, reverse=True))) for k, v in options.items()}
-    patterns = [
-        re.sub(r"\\{(\w)\\}", lambda m, i=i: f"(?P<{m[1]}{i}>{options[m[1]]})", re.escape(template))
-        for i, template in enumerate((*TEMPLATES, "{p} {a} {w}."))
-    ]
-    return re.compile("|".join(patterns))
-
-
 def _events(split):
     """All events of a split, in a fixed order: a fixed shuffle deals out 80 / 5 / 15 %."""
     events = list(itertools.product(range(len(PEOPLE)), range(len(ACTIONS)), range(len(WHEN))))
@@ -163,19 +122,18 @@ def _events(split):
 
 
 @lru_cache
-def groups(n_sentences=8):
+def groups():
     """The world's group file: 280 train, 40 val and 80 test groups of distinct events; the same on every call."""
     out = []
     for split, n in (("train", 280), ("val", 40), ("test", 80)):
         for i, event in enumerate(_events(split)[:n]):
-            rng = np.random.default_rng([1, len(out)])
-            sides = []
+            rng, sides = np.random.default_rng([1, len(out)]), []
             for tone in ("harmless", "toxic"):
                 sentences = set()
-                while len(sentences) < n_sentences:
+                while len(sentences) < 8:
                     sentences.add(write(event, tone, rng))
                 sides.append(sorted(sentences))
-            out.append(Group(f"toy-{split}-{i:03d}", plain(event, rng), *sides, split))
+            out.append(data.Group(f"toy-{split}-{i:03d}", plain(event, rng), *sides, split))
     return out
 
 

@@ -70,7 +70,7 @@ def plain_text(model, ids, context, stride):
 
 def measure(which, folder, lambada, piqa, text=None):
     import data
-    from data import benchmarks
+    from measures.texts import wikitext_rows
 
     tokenizer, out = data.get_tokenizer("gpt2"), {}
     start = time.perf_counter()
@@ -80,8 +80,10 @@ def measure(which, folder, lambada, piqa, text=None):
         model = GPT2LMHeadModel.from_pretrained(folder).float().eval()
         task = lambda path: plain_task(model, tokenizer, path)  # noqa: E731
     else:
-        from eval import task_scores, text_perplexity
-        from model import GPT, keep_freed_memory
+        from engine.device import keep_freed_memory
+        from measures.tasks import task_scores
+        from measures.texts import text_perplexity
+        from model import GPT
 
         keep_freed_memory()
         model = GPT.from_pretrained(folder)
@@ -91,7 +93,7 @@ def measure(which, folder, lambada, piqa, text=None):
     out |= {"lambada": task(lambada), "piqa": task(piqa)}
     out["seconds"] = time.perf_counter() - start
     if text:
-        rows, L = benchmarks.wikitext_rows(data.read_text(text)), model.config.n_positions
+        rows, L = wikitext_rows(data.read_text(text)), model.config.n_positions
         ids = tokenizer.encode_ordinary(rows)
         for name, stride in (("disjoint", L), ("strided", L // 2)):
             if which == "plain":

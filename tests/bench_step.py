@@ -44,7 +44,8 @@ def plain(idx, lengths):
 
 
 def ours(idx, lengths):
-    from model import GPT, GPTConfig, keep_freed_memory
+    from engine.device import keep_freed_memory
+    from model import GPT, GPTConfig
 
     keep_freed_memory()
     model = GPT(GPTConfig())

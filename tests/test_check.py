@@ -1,4 +1,4 @@
-"""data.check: each rule is broken once and named with its line, and a good file passes."""
+"""measures.check: each rule is broken once and named with its line, and a good file passes."""
 
 import json
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data import check
+from measures.check import check_file
 
 ROOT = Path(__file__).resolve().parents[1]
 ANY = Namespace(groups=0, domains=0, unseen=0)
@@ -39,7 +39,7 @@ def written(tmp_path, records):
 
 
 def broken(tmp_path, records, wanted=ANY):
-    return check.check(written(tmp_path, records), wanted)[1]
+    return check_file(written(tmp_path, records), wanted)[1]
 
 
 def good(n=12):
@@ -47,7 +47,7 @@ def good(n=12):
 
 
 def test_a_good_file_passes_and_is_described(tmp_path):
-    told, wrong = check.check(written(tmp_path, good()), ANY)
+    told, wrong = check_file(written(tmp_path, good()), ANY)
     assert wrong == []
     text = "\n".join(told)
     assert "12 groups, 72 positives, 72 negatives, 16.7% of the latter implicit" in text
@@ -68,8 +68,6 @@ def test_a_good_file_passes_and_is_described(tmp_path):
             dict(negatives=[s + " Then much more text follows here." for s in group(1)["negatives"]]),
             "times as long as positives",
         ),
-        (dict(implicit=[6]), "'implicit' must list indices of negatives, got [6]"),
-        (dict(implicit="all"), "'implicit' must list indices of negatives, got 'all'"),
     ],
 )
 def test_a_broken_group_is_named_with_its_line(tmp_path, changes, says):
@@ -79,6 +77,16 @@ def test_a_broken_group_is_named_with_its_line(tmp_path, changes, says):
     assert any(f"groups.jsonl:2: g-1: {says}" in w or ("groups.jsonl:2: g-1: " in w and says in w) for w in wrong), (
         wrong
     )
+
+
+@pytest.mark.parametrize("marks", [[6], [-1], "all", [None]])
+def test_bad_marks_of_implicit_negatives(tmp_path, marks):
+    """Such a file cannot be read."""
+    records = good()
+    records[1]["implicit"] = marks
+    with pytest.raises(ValueError) as e:
+        broken(tmp_path, records)
+    assert f"groups.jsonl:2: g-1: 'implicit' must list indices of negatives, got {marks!r}" in str(e.value)
 
 
 def test_a_sentence_in_two_groups_is_found_also_when_changed_a_little(tmp_path):
@@ -122,13 +130,13 @@ def test_sizes_and_splits(tmp_path):
     assert "0 domains occur in test only, wanted at least 4" in wrong
     records = good()
     records[3]["domain"] = "held"
-    assert "in test only: held" in "\n".join(check.check(written(tmp_path, records), ANY)[0])
+    assert "in test only: held" in "\n".join(check_file(written(tmp_path, records), ANY)[0])
 
 
 def test_the_command(tmp_path):
     path = written(tmp_path, good())
     run = lambda *argv: subprocess.run(  # noqa: E731
-        [sys.executable, "-m", "data.check", *argv], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "measures.check", *argv], cwd=ROOT, capture_output=True, text=True
     )
     done = run(str(path))
     assert done.returncode == 0 and "no rule is broken" in done.stdout
@@ -136,7 +144,9 @@ def test_the_command(tmp_path):
     assert done.returncode == 1 and "wanted at least 400" in done.stdout
     done = run(str(tmp_path / "none.jsonl"))
     assert (
-        done.returncode == 1 and done.stderr.startswith("data.check: no group file at") and done.stderr.count("\n") == 1
+        done.returncode == 1
+        and done.stderr.startswith("measures.check: no group file at")
+        and done.stderr.count("\n") == 1
     )
     path.write_text("[" + json.dumps({"input": "A.", "paraphrases": ["B."], "paraphrases_toxic": ["C."]}) + "]")
     assert ":1: 1: 1 positives, wanted at least 6" in run(str(path)).stdout

@@ -1,20 +1,38 @@
 """configs: one check for files and flags, errors of one line, and no setting that nothing reads."""
 
 import ast
+import importlib
 import json
+import os
 import re
 import subprocess
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
-from configs import Config, as_json, changed, check, load_config, read_config_file
+from configs import (
+    NOT_IDENTITY,
+    SETTINGS,
+    Config,
+    before_torch,
+    changed,
+    check_value,
+    differing_settings,
+    load_config,
+    read_config_file,
+)
+from engine.run import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-FIELDS = {f.name: f for f in fields(Config)}
+SCRIPTS = ("train", "eval", "data_gen")
 CONFIG_FILES = sorted(p for p in (ROOT / "configs").glob("*.py") if p.name != "__init__.py")
+
+
+def of(script):
+    """The settings that a script reads."""
+    return [name for name, f in SETTINGS.items() if script in f.metadata["scripts"]]
 
 
 @pytest.fixture
@@ -32,9 +50,9 @@ def config_file(tmp_path):
 def refused(capsys):
     """Loads bad arguments: exit status 2, one line on stderr, nothing on stdout. Returns the line."""
 
-    def load(*argv):
+    def load(*argv, script="train"):
         with pytest.raises(SystemExit) as e:
-            load_config(list(argv))
+            load_config(script, list(argv))
         out, err = capsys.readouterr()
         assert e.value.code == 2 and out == ""
         assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err
@@ -46,8 +64,8 @@ def refused(capsys):
 def python(*argv, cwd):
     """A fresh interpreter that loads a config, in working folder cwd, with the project's folder not on its path."""
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from configs import as_json, load_config\n"
-        f"sys.path.remove({str(ROOT)!r}); print(as_json(load_config()))"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from configs import load_config\n"
+        f"sys.path.remove({str(ROOT)!r}); import json; print(json.dumps(vars(load_config('train'))))"
     )
     return subprocess.run([sys.executable, "-c", code, *argv], cwd=cwd, capture_output=True, text=True, timeout=60)
 
@@ -77,7 +95,7 @@ def python(*argv, cwd):
         ("top_p", "1.5", "1.5", "top_p must be at most 1, got 1.5"),
         ("lr", "float('nan')", "nan", "lr must be a finite number, got nan"),
         ("lr", "float('inf')", "inf", "lr must be a finite number, got inf"),
-        ("min_lr", "-float('inf')", "-inf", "min_lr must be a finite number, got -inf"),
+        ("weight_decay", "-float('inf')", "-inf", "weight_decay must be a finite number, got -inf"),
         # not among the words
         ("variant", "'papr'", "papr", "variant wants one of paper, released, got 'papr': did you mean paper?"),
         ("objective", "'x'", "x", "objective wants one of cp, lm, got 'x'\n"),
@@ -87,7 +105,16 @@ def python(*argv, cwd):
         ("zzz", "5", "5", "unknown setting 'zzz'; --help lists all"),
         # cross-checks
         ("warmup_steps", "200", "200", "warmup_steps=200 must be smaller than max_steps=200"),
-        ("min_lr", "1", "1", "min_lr=1.0 must not be larger than lr=5e-05"),
+        ("min_length", "2", "2", "min_length=2.0 is above max_length=1.6: nothing could pass"),
+        ("max_overlap", "0.2", "0.2", "min_overlap=0.3 is above max_overlap=0.2: nothing could pass"),
+        ("distance", "'signed'", "signed", "variant=released has no signed distance: leave distance=abs"),
+        ("positive_prompt", "'{input}'", "{input}", "positive_prompt must hold {input}, then {output}, then a closing"),
+        (
+            "negative_prompt",
+            "'{input} {output}'",
+            "{input} {output}",
+            "negative_prompt must hold {input}, then {output}",
+        ),
         ("n_head", "3", "3", "n_embd=128 must be a multiple of n_head=3"),
         ("init_from", "'scratch'", "scratch", "objective=cp tunes a model that exists"),
     ],
@@ -95,55 +122,63 @@ def python(*argv, cwd):
 def test_file_and_flags_are_refused_alike(config_file, refused, name, in_file, as_flag, says):
     """The same bad setting from a file, from --key=value and from --key value: the same one line.
 
-    Cross-checks rely on these defaults: lr=5e-5, max_steps=200, n_embd=128; they are set here.
+    Cross-checks rely on these values; they are set here.
     """
-    others = dict(lr=5e-5, max_steps=200, n_embd=128)
-    others.pop(name, None)
-    rest = [f"--{k}={v}" for k, v in others.items()]
-    assert says in refused(config_file(f"{name} = {in_file}"), *rest)
-    assert says in refused(f"--{name}={as_flag}", *rest)
+    script = "data_gen" if name in SETTINGS and "train" not in SETTINGS[name].metadata["scripts"] else "train"
+    others = dict(lr=5e-5, max_steps=200, n_embd=128, max_length=1.6, min_overlap=0.3)
+    others |= dict(variant="released") if name == "distance" else {}
+    rest = [f"--{k}={v}" for k, v in others.items() if k != name and k in of(script)]
+    assert says in refused(config_file(f"{name} = {in_file}"), *rest, script=script)
+    assert says in refused(f"--{name}={as_flag}", *rest, script=script)
     if as_flag and not as_flag.startswith("-"):
-        assert says in refused(*rest, f"--{name}", as_flag)
+        assert says in refused(*rest, f"--{name}", as_flag, script=script)
 
 
 def test_all_weights_zero(config_file, refused):
     """cp without any term has nothing to train on, from file and flags; lm does not use the weights."""
-    says = "cp_weight, nll_weight and kl_weight are all 0"
-    zero = ("cp_weight = 0", "nll_weight = 0", "kl_weight = 0.0")
+    says = "cp_weight, nll_weight, kl_weight, anchor_kl and anchor_nll are all 0"
+    zero = ("cp_weight = 0", "nll_weight = 0", "kl_weight = 0.0", "anchor_kl = 0", "anchor_nll = 0")
     assert says in refused(config_file(*zero))
-    assert says in refused("--cp_weight=0", "--nll_weight=0", "--kl_weight=0")
-    assert load_config([config_file(*zero), "--objective=lm"]).cp_weight == 0
+    assert says in refused("--cp_weight=0", "--nll_weight=0", "--kl_weight=0", "--anchor_kl=0", "--anchor_nll=0")
+    assert load_config("train", [config_file(*zero), "--objective=lm"]).cp_weight == 0
+
+
+@pytest.mark.parametrize("name", ["cp_weight", "nll_weight", "kl_weight", "anchor_kl", "anchor_nll"])
+def test_any_one_weight_is_enough(name):
+    """--cp_weight=0 --nll_weight=0 --anchor_nll=1 has something to train on; it used to be refused."""
+    argv = ["--cp_weight=0", "--nll_weight=0", f"--{name}=1"]
+    assert getattr(load_config("train", argv), name) == 1.0
 
 
 def test_an_int_is_a_fine_float(config_file):
     """tau = 1 and --tau=1 are 1.0, a float: config.json looks the same for all three ways to write it."""
     for argv in ([config_file("tau = 1")], ["--tau=1"], ["--tau", "1"]):
-        tau = load_config(argv).tau
+        tau = load_config("train", argv).tau
         assert tau == 1.0 and type(tau) is float
 
 
-@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.type in (int, float)])
+@pytest.mark.parametrize("name", [n for n, f in SETTINGS.items() if f.type in (int, float)])
 def test_ranges(name):
     """Each number's bounds: `low` and `high` themselves are fine, `above` is not, one further is refused."""
-    f = FIELDS[name]
+    f = SETTINGS[name]
     low, above, high = (f.metadata[k] for k in ("low", "above", "high"))
     assert low is not None or above is not None, f"{name} has no lower bound"
     for good in (low, high):
-        assert good is None or check(f, good) == good
+        assert good is None or check_value(name, good) == good
     for bad in (above, None if low is None else low - 1, None if high is None else high + 1):
         if bad is not None:
             with pytest.raises(ValueError, match=f"{name} must be"):
-                check(f, bad)
+                check_value(name, bad)
 
 
-@pytest.mark.parametrize("name", [n for n, f in FIELDS.items() if f.metadata["among"]])
+@pytest.mark.parametrize("name", [n for n, f in SETTINGS.items() if f.metadata["among"]])
 def test_among(name):
     """Each of the words is accepted, its capitals are not."""
-    f = FIELDS[name]
+    f = SETTINGS[name]
     for word in f.metadata["among"]:
-        assert check(f, word) == word
+        assert check_value(name, word) == word
         with pytest.raises(ValueError, match=f"{name} wants one of"):
-            check(f, word.upper())
+            check_value(name, word.upper())
 
 
 def test_the_class_checks_as_well():
@@ -154,7 +189,7 @@ def test_the_class_checks_as_well():
     with pytest.raises(ValueError, match="warmup_steps=30 must be smaller than max_steps=20"):
         Config(warmup_steps=30, max_steps=20)
     assert Config(warmup_steps=19, max_steps=20).warmup_steps == 19
-    assert Config(min_lr=1e-3, lr=1e-3).min_lr == 1e-3
+    assert Config(min_overlap=0.4, max_overlap=0.4).min_overlap == 0.4
     assert Config(objective="lm", init_from="scratch").init_from == "scratch"
 
 
@@ -173,8 +208,9 @@ def test_the_class_checks_as_well():
         (["--resume=True"], "resume", True),
         (["--resume=False"], "resume", False),
         (["--resume", "false"], "resume", False),
-        (["--drop_small", "--tau=0.5"], "drop_small", True),
-        (["--drop_small", "--tau=0.5"], "tau", 0.5),
+        (["--detach_centroid", "--tau=0.5"], "detach_centroid", True),
+        (["--detach_centroid", "--tau=0.5"], "tau", 0.5),
+        (["--resume", "configs/toy_cp.py"], "resume", True),
         (["--out_dir=a=b=c"], "out_dir", "a=b=c"),
         (["--out_dir", "a=b"], "out_dir", "a=b"),
         (["--out_dir=--tau=1"], "out_dir", "--tau=1"),
@@ -183,28 +219,60 @@ def test_the_class_checks_as_well():
 )
 def test_ways_to_write_a_flag(argv, name, want):
     """--key=value, --key value and a bare boolean; a value may hold '='; of two flags the later one counts."""
-    got = getattr(load_config(argv), name)
+    got = getattr(load_config("train", argv), name)
     assert got == want and type(got) is type(want)
+
+
+@pytest.mark.parametrize(
+    ("argv", "want"),
+    [
+        (["--prompt"], "-"),
+        (["--prompt", "--seed=1"], "-"),
+        (["--prompt", "configs/toy_cp.py"], "-"),
+        (["--prompt", "So there I was"], "So there I was"),
+        (["--prompt=So there I was"], "So there I was"),
+        (["--prompts", "configs/x.txt"], ""),
+        ([], ""),
+    ],
+)
+def test_a_bare_prompt_means_the_terminal(argv, want):
+    """--prompt without a value asks for prompts, '-'; with one it is the prompt, blanks and all."""
+    assert load_config("eval", argv).prompt == want
+
+
+def test_a_template_in_a_flag():
+    r"""A line break is written \n in a shell; in a file it is one already."""
+    argv = [r'--positive_prompt={input}\n"{output}"\n']
+    assert load_config("eval", argv).positive_prompt == '{input}\n"{output}"\n'
 
 
 def test_flags_win_wherever_they_stand(config_file):
     """nanoGPT lets a file that comes after a flag undo it; here the order does not matter."""
     path = config_file("tau = 0.9", "n_pos = 2")
     for argv in ([path, "--tau=0.5"], ["--tau=0.5", path], ["--tau", "0.5", path], ["--lr=1e-4", path, "--tau", "0.5"]):
-        config = load_config(argv)
+        config = load_config("train", argv)
         assert (config.tau, config.n_pos) == (0.5, 2), argv
 
 
 def test_a_flag_that_equals_the_default_wins_too(config_file):
     """--tau=<default> against a file with another tau: a flag counts because it is given, not because it differs."""
-    default = FIELDS["tau"].default
-    assert load_config([config_file("tau = 0.9"), f"--tau={default}"]).tau == default
+    default = SETTINGS["tau"].default
+    assert load_config("train", [config_file("tau = 0.9"), f"--tau={default}"]).tau == default
 
 
 def test_no_arguments_are_the_defaults():
     """No file, no flag: the defaults, which pass their own checks."""
-    assert load_config([]) == Config()
-    assert all(getattr(Config(), name) == f.default for name, f in FIELDS.items())
+    assert all(load_config(script, []) == Config() for script in SCRIPTS)
+    assert all(getattr(Config(), name) == f.default for name, f in SETTINGS.items())
+
+
+def test_start_stands_for_the_file(config_file):
+    """Without a config file the settings start from start(flags), and flags win over it; with one it is not asked."""
+    asked = []
+    start = lambda flags: asked.append(flags) or {"tau": 0.9, "seed": 5}
+    config = load_config("train", ["--tau=0.5"], start=start)
+    assert (config.tau, config.seed, asked) == (0.5, 5, [{"tau": 0.5}])
+    assert load_config("train", [config_file("seed = 7")], start=start).seed == 7 and len(asked) == 1
 
 
 def test_abbreviations_are_unknown(refused):
@@ -287,53 +355,220 @@ def test_bad_input_from_a_fresh_interpreter(tmp_path):
     """The real thing: status 2, nothing on stdout, one line on stderr."""
     done = python("--tua=1", cwd=tmp_path)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.splitlines() == ["-c: unknown setting 'tua': did you mean tau?"]
+    assert done.stderr.splitlines() == ["train.py: unknown setting 'tua': did you mean tau?"]
+
+
+def scripts_for(path):
+    """The scripts that a shipped config is for, by its name."""
+    return ("data_gen",) if path.stem.endswith("_data") else ("train", "eval")
 
 
 @pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
 def test_shipped_configs_load(path):
     """Each one passes the checks, changes something, and begins with a comment that says what it is for."""
     assert re.match(r"# \w", path.read_text())
-    assert changed(load_config([str(path)]))
+    assert all(changed(load_config(script, [str(path)])) for script in scripts_for(path))
+
+
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
+def test_shipped_configs_name_what_exists(path):
+    """The scorer is a function that can be imported; files that ship are there; a config .py to start from loads."""
+    settings = read_config_file(path)
+    if ":" in (scorer := settings.get("scorer", "")):
+        module, function = scorer.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+    for name in ("data", "seeds", "demos", "prompts", "text"):
+        assert (value := settings.get(name, "")) in ("", "toy") or (ROOT / value).is_file(), (name, value)
+    if (source := settings.get("init_from", "")).endswith(".py"):
+        assert load_config("train", [source]).out_dir
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# each script its own settings
+
+
+def test_settings_are_well_described():
+    """A remark, a group and a script each; a group's settings stand together, and so do its scripts in order."""
+    for name, f in SETTINGS.items():
+        scripts = f.metadata["scripts"]
+        assert f.metadata["remark"] and f.metadata["group"], name
+        assert scripts == [s for s in SCRIPTS if s in scripts] and scripts, name
+    groups = [f.metadata["group"] for f in SETTINGS.values()]
+    assert len({*groups}) == 1 + sum(a != b for a, b in zip(groups, groups[1:], strict=False))
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_flags_of_another_script_are_refused(refused, script):
+    """A flag that nothing would read: the error names who does. The right ones are taken, with their defaults."""
+    for name, f in SETTINGS.items():
+        flag = f"--{name}={f.default}"
+        if name in of(script):
+            assert load_config(script, [flag]) == Config(), name
+        else:
+            scripts = " and ".join(f"{s}.py" for s in f.metadata["scripts"])
+            says = f"{script}.py: {name} is a setting of {scripts}, {script}.py does not read it\n"
+            assert refused(flag, script=script) == says
+
+
+def test_flags_of_another_script_by_hand(refused):
+    """What the check above says, for three that are easily confused."""
+    assert refused("--tau=1", script="eval") == "eval.py: tau is a setting of train.py, eval.py does not read it\n"
+    line = refused("--ckpt", "x.pt", script="train")
+    assert line == "train.py: ckpt is a setting of eval.py, train.py does not read it\n"
+    line = refused("--init_from=gpt2", script="eval")
+    assert line == "eval.py: init_from is a setting of train.py and data_gen.py, eval.py does not read it\n"
+    assert "prompt is a setting of eval.py" in refused("--prompt", script="data_gen")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("path", CONFIG_FILES, ids=lambda p: p.name)
+def test_configs_of_another_script_are_refused(refused, path, script):
+    """With the command that would have been right; eval.py takes the configs of train.py."""
+    if script in scripts_for(path):
+        return
+    line = refused(str(path), script=script)
+    right = scripts_for(path)[0]
+    assert re.fullmatch(rf"{script}\.py: {path} is for {right}\.py \(it sets \w+\): python {right}\.py {path}\n", line)
+    key = re.search(r"it sets (\w+)", line)[1]
+    assert SETTINGS[key].metadata["scripts"] == [right] and key in read_config_file(path)
+
+
+def test_a_config_may_hold_what_two_scripts_read(config_file):
+    """A run's file says how eval.py is to measure it, too; what all scripts share belongs to none."""
+    both = config_file("tau = 0.5", "n_prompts = 7", "shots = 1")
+    assert load_config("train", [both]).n_prompts == load_config("eval", [both]).n_prompts == 7
+    shared = config_file("seed = 3", "scorer = 'data.toy:rudeness'")
+    assert all(load_config(script, [shared]).seed == 3 for script in SCRIPTS)
+
+
+GONE = "surplus n_seeds max_jaccard data_out drop_small min_lr beta1 beta2 text_tokens".split()
+
+
+@pytest.mark.parametrize("name", GONE)
+def test_deleted_settings_are_unknown(config_file, refused, name):
+    """An old config or command is refused by name, never read in part."""
+    for script in SCRIPTS:
+        assert f"{script}.py: unknown setting '{name}'" in refused(f"--{name}=1", script=script)
+        assert f"unknown setting '{name}'" in refused(config_file(f"{name} = 1"), script=script)
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # what is printed and written
 
 
-def test_help_lists_everything(capsys, monkeypatch):
-    """Status 0, and a line for every setting with its remark, its words and its default."""
-    monkeypatch.setenv("COLUMNS", "1000")  # no line breaks within a remark
-    with pytest.raises(SystemExit) as e:
-        load_config(["--help"], description="What the script does.")
-    out, err = capsys.readouterr()
-    assert e.value.code == 0 and err == "" and "What the script does." in out
-    out = re.sub(r"\n {6,}", " ", out)  # a remark may begin on the line below a long name
-    lines = dict(re.findall(r"^  --(\w+)(.*)$", out, re.M))
-    assert set(lines) == set(FIELDS)
-    for name, f in FIELDS.items():
-        assert f" {f.metadata['remark']}" in lines[name], name
-        assert lines[name].endswith("(default: " + str(f.default).replace("\n", "\\n") + ")"), name
-        assert all(word in lines[name] for word in f.metadata["among"] or ()), name
+def squeezed(text):
+    """Without white space: --help may break a line anywhere."""
+    return re.sub(r"\s", "", text)
+
+
+@pytest.fixture
+def helped(monkeypatch, capsys):
+    """Calls a script that does nothing with words that ask for help: status 0. Returns what it prints."""
+
+    def call(script, *argv):
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *argv])
+        monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+        with pytest.raises(SystemExit) as e:
+            before_torch(script, "\nWhat the script does.\n")
+        out, err = capsys.readouterr()
+        assert e.value.code == 0 and err == ""
+        return out
+
+    return call
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_lists_everything(helped, script):
+    """Each setting that the script reads under its group's title, once, and no other, with its remark, its words and
+    its default. At most 100 columns wide.
+    """
+    out = helped(script, "--help")
+    assert out.startswith("What the script does.\n")
+    assert max(map(len, out.split("\n"))) <= 100
+    assert f"\n\nusage: python {script}.py [config.py]" in out
+    listed, titles, group = {}, [], None
+    for line in out[out.index("usage:") :].split("\n")[1:]:
+        if found := re.match(r"  --(\w+) ", line):
+            assert found[1] not in listed and group == SETTINGS[found[1]].metadata["group"], line
+            listed[name := found[1]] = line
+        elif line.startswith(" " * 23):
+            listed[name] += line
+        elif line and not line.startswith(" "):
+            group = line
+            titles.append(line)
+    assert list(listed) == of(script) and len({*titles}) == len(titles)
+    for name, text in listed.items():
+        f = SETTINGS[name]
+        default = json.dumps(f.default, ensure_ascii=False) if f.type is str else str(f.default)
+        among = f"[{', '.join(f.metadata['among'])}]" if f.metadata["among"] else ""
+        assert squeezed(text) == squeezed(f"--{name}{f.metadata['remark']}{among};default{default}"), name
+
+
+@pytest.mark.parametrize("flag", ["--help", "-h"])
+def test_help_wins(helped, flag):
+    """Also beside a config and flags that would be refused."""
+    assert "--tau" in helped("train", "nowhere.py", "--tau=0", flag)
+
+
+def test_threads_sleep_while_they_wait(monkeypatch, capsys):
+    """Unless the user wants it otherwise; and without --help nothing is printed, and the script goes on."""
+    monkeypatch.setattr(sys, "argv", ["train.py", "configs/toy_cp.py"])
+    monkeypatch.setenv("OMP_WAIT_POLICY", "ACTIVE")
+    assert before_torch("train", "") is None and os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    assert before_torch("train", "") is None and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_help_does_not_wait_for_torch(tmp_path, script):
+    """The real command, from another folder: what the script is for, with examples, and its settings, before torch is
+    imported (that takes seconds)."""
+    argv = [sys.executable, "-X", "importtime", str(ROOT / f"{script}.py"), "--help"]
+    done = subprocess.run(argv, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    lines, imported = done.stdout.split("\n"), {line.split("|")[-1].strip() for line in done.stderr.split("\n")}
+    assert done.returncode == 0 and "configs" in imported
+    assert "torch" not in imported
+    assert [line for line in lines if len(line) > 100] == []
+    assert f"usage: python {script}.py [config.py]" in done.stdout and "--out_dir" in done.stdout
+    assert f"    python {script}.py configs/" in done.stdout
+    assert lines[0] == (ast.get_docstring(ast.parse((ROOT / f"{script}.py").read_text())) or "?").split("\n")[0]
 
 
 def test_changed_gives_what_differs():
     """Only settings with another value than the default, in their order; giving the default is no change."""
     assert changed(Config()) == {}
-    assert changed(Config(tau=FIELDS["tau"].default)) == {}
+    assert changed(Config(tau=SETTINGS["tau"].default)) == {}
     assert list(changed(Config(tau=7, seed=3)).items()) == [("seed", 3), ("tau", 7.0)]
 
 
-def test_as_json_round_trips():
+def test_config_json_round_trips(tmp_path):
     """config.json holds every setting, and Config makes the same of it."""
     config = Config(tau=0.7, resume=True, out_dir='a "quoted" = ü', lr=1 / 3, max_steps=12345)
-    text = as_json(config)
-    assert text.endswith("}\n") and set(json.loads(text)) == set(FIELDS)
+    write_json(tmp_path / "config.json", asdict(config))
+    text = (tmp_path / "config.json").read_text()
+    assert text.endswith("}\n") and set(json.loads(text)) == set(SETTINGS)
     assert Config(**json.loads(text)) == config
 
 
+@pytest.mark.parametrize("name", NOT_IDENTITY)
+def test_where_a_run_happens_is_not_what_it_is(name):
+    """Another folder, device or precision is the same run."""
+    other = {bool: True, str: (SETTINGS[name].metadata["among"] or ("", "elsewhere"))[1]}[SETTINGS[name].type]
+    assert differing_settings(Config(), asdict(Config()) | {name: other}) == []
+
+
+def test_differing_settings():
+    """By name; what an older run's file does not hold had its default, and what it holds besides is no matter."""
+    saved = asdict(Config(tau=0.5))
+    assert differing_settings(Config(), saved) == ["tau"] and differing_settings(Config(tau=0.5), saved) == []
+    del saved["alpha"], saved["tau"]
+    assert differing_settings(Config(alpha=2), saved | {"beta1": 0.9}) == ["alpha"]
+    assert differing_settings(Config(tau=0.5), saved) == ["tau"]
+
+
 # --------------------------------------------------------------------------------------------------------------------
-# no setting without a reader
+# no setting without a reader (each script's own ones: test_house.py)
 
 
 def settings_read(source):
@@ -384,17 +619,18 @@ def settings_read(source):
 )
 def test_settings_read_finds_reading_only(source, want):
     """The search behind the next test is not satisfied by comments, texts, assignments or a model's config."""
-    assert settings_read(source) & set(FIELDS) == want
+    assert settings_read(source) & set(SETTINGS) == want
 
 
 @pytest.fixture(scope="module")
 def all_read():
-    """What the scripts and data/ read, together."""
-    files = [ROOT / "train.py", ROOT / "eval.py", ROOT / "data_gen.py", *(ROOT / "data").glob("*.py")]
-    return set().union(*(settings_read(p.read_text()) for p in files if p.exists()))
+    """What the scripts, data/ and measures/ read, together."""
+    folders = [p for folder in ("data", "measures") for p in (ROOT / folder).glob("*.py")]
+    files = [*(ROOT / f"{script}.py" for script in SCRIPTS), *folders]
+    return set().union(*(settings_read(p.read_text()) for p in files))
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_is_read(all_read, name):
     """An option that does nothing is worse than none (17 of 61 in the paper's release).
 

@@ -1,8 +1,10 @@
 """data: readers and their errors, framing and padding, batches as pure functions, and the toy world."""
 
+import itertools
 import json
 import random
 import re
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,8 @@ import torch
 
 import data
 from configs import Config
-from data import WIDTH, Batches, Group, enough, frame, load_documents, load_groups, pad, read_groups, toy
+from data import WIDTH, Batches, Group, check_sizes, frame, load_documents, load_groups, pad, read_groups, toy
+from data.prompts import answer, closing_tokens, few_shot, prompt_for, unquoted
 
 CACHE = Path(__file__).parents[2] / "shared" / "tiktoken_cache"
 
@@ -118,6 +121,18 @@ def test_load_groups_by_split(write):
     assert {k: [g.id for g in v] for k, v in by_split.items()} == {"train": ["g0", "g2"], "val": [], "test": ["g1"]}
 
 
+def test_shipped_data_is_found_from_another_folder(tmp_path, monkeypatch):
+    """data/... means the project's if the working folder has none of that name, else the nearer one."""
+    shipped, texts = load_groups("data/detox/groups.jsonl"), load_documents("data/detox/groups.jsonl", seed=0)
+    monkeypatch.chdir(tmp_path)
+    assert load_groups("data/detox/groups.jsonl") == shipped
+    assert load_documents("data/detox/groups.jsonl", seed=0) == texts
+    (tmp_path / "data" / "detox").mkdir(parents=True)
+    (tmp_path / "data" / "detox" / "groups.jsonl").write_text(json.dumps(record(0)))
+    assert [g.id for g in load_groups("data/detox/groups.jsonl")["train"]] == ["g0"]
+    assert load_documents("data/detox/groups.jsonl", seed=0)["train"] == ["in 0", "kind 0", "rude 0"]
+
+
 BAD_RECORDS = {
     "not an object": (["a sentence"], "wanted a JSON object, got list"),
     "a number": (5, "wanted a JSON object, got int"),
@@ -210,10 +225,9 @@ def test_missing_file(tmp_path):
 def test_documents_of_a_text_file(write):
     """One document a line, stripped, blank lines skipped: of 45, numbers 0, 20 and 40 are held out, 42 remain."""
     path = write("\n\n".join(f"  line {i} " for i in range(45)), "text.txt")
-    texts, groups = load_documents(str(path), seed=0)
-    assert texts["val"] == ["line 0", "line 20", "line 40"]
+    texts = load_documents(str(path), seed=0)
+    assert set(texts) == {"train", "val"} and texts["val"] == ["line 0", "line 20", "line 40"]
     assert texts["train"] == [f"line {i}" for i in range(45) if i not in (0, 20, 40)]
-    assert groups == {"train": [], "val": [], "test": []}
 
 
 def test_documents_of_a_short_or_missing_text_file(write, tmp_path):
@@ -222,7 +236,7 @@ def test_documents_of_a_short_or_missing_text_file(write, tmp_path):
     with pytest.raises(ValueError) as e:
         load_documents(str(path), seed=0)
     assert str(e.value).startswith(f"{path}: 19 lines with text, wanted at least 20")
-    texts, _ = load_documents(str(write("a line\n" * 20, "enough.txt")), seed=0)
+    texts = load_documents(str(write("a line\n" * 20, "enough.txt")), seed=0)
     assert (len(texts["train"]), len(texts["val"])) == (19, 1)
     with pytest.raises(FileNotFoundError, match=f"no text file at {tmp_path / 'none.txt'}"):
         load_documents(str(tmp_path / "none.txt"), seed=0)
@@ -230,13 +244,14 @@ def test_documents_of_a_short_or_missing_text_file(write, tmp_path):
 
 @pytest.mark.parametrize("name", ["groups.jsonl", "groups.json"])
 def test_documents_of_a_group_file(write, name):
-    """Inputs, positives and negatives of train and val, and the groups; nothing of test."""
+    """Inputs, positives and negatives of train and val; nothing of test."""
     records = [record(0, positives=["a", "b"]), record(1, split="val"), record(2, split="test"), record(3)]
-    texts, groups = load_documents(str(write(records, name)), seed=0)
-    assert texts == {
+    path = str(write(records, name))
+    assert load_documents(path, seed=0) == {
         "train": ["in 0", "a", "b", "rude 0", "in 3", "kind 3", "rude 3"],
         "val": ["in 1", "kind 1", "rude 1"],
     }
+    groups = load_groups(path)
     assert {k: [g.id for g in v] for k, v in groups.items()} == {"train": ["g0", "g3"], "val": ["g1"], "test": ["g2"]}
 
 
@@ -292,6 +307,36 @@ def test_pad_widths(longest, columns):
     idx, lengths = pad([[1, 2], list(range(longest))])
     assert idx.shape == (2, columns) and lengths.tolist() == [2, longest]
     assert idx[1, :longest].tolist() == list(range(longest)) and not idx[1, longest:].any()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# demonstrations (prompt files: test_measures.py)
+
+
+@pytest.mark.parametrize("template", [Config.positive_prompt, Config.negative_prompt, "{input} => {output};"])
+def test_a_prompt_is_the_beginning_of_a_demonstration(template):
+    """prompt_for is few_shot's text up to the output, and `answer` finds the output in the rest, closed or not."""
+    pairs = [('He said "no".', "He\n declined."), ("One  two", "Two one")]
+    shown = few_shot(template, pairs)
+    assert shown == few_shot(template, pairs[:1]) + few_shot(template, pairs[1:]) and few_shot(template, []) == ""
+    for a, b in pairs:
+        begin, whole = prompt_for(template, a), few_shot(template, [(a, b)])
+        assert whole.startswith(begin) and unquoted(a) in begin and unquoted(b) not in begin
+        assert answer(template, whole[len(begin) :] + begin) == (unquoted(b), True)
+        assert answer(template, f" {unquoted(b)} \n" + begin.replace('"', "").replace(";", "")) == (unquoted(b), False)
+
+
+def test_unquoted():
+    """One line, single blanks, no double quotation mark: none of it can close a demonstration."""
+    assert unquoted(' "A"  b\n\tc ') == "'A' b c"
+
+
+def test_closing_tokens(tokenizer):
+    """Exactly the tokens with the closing mark or a line break in them, and the end token."""
+    ids = closing_tokens(Config.positive_prompt, tokenizer)
+    assert ids[-1] == tokenizer.eot_token and len(set(ids)) == len(ids)
+    for t in range(tokenizer.eot_token):
+        assert (t in ids) == any(mark in tokenizer.decode_single_token_bytes(t) for mark in (b'"', b"\n")), t
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -452,17 +497,18 @@ def test_truncated_counts_cut_sentences(batches, tokenizer):
 
 
 def test_padding(batches, tokenizer):
-    """The share of positions that hold no scored token: counted here for 3 batches, and by hand for one of 3 documents.
+    """Rows are as wide as the longest needs: counted here for 3 batches, and by hand for one of 3 documents.
 
-    Documents of 1, 1 and 6 tokens have 2, 2 and 7 scored ones in rows of 8: 1 - 11 / 24.
+    Documents of 1, 1 and 6 tokens have 2, 2 and 7 scored ones in rows of 8: 11 of 24. One of 7 fills its row.
     """
-    b = batches()
-    scored = sum(len(row) - 1 for i in range(3) for row in rows(b[i]))
-    positions = sum(b[i].idx.size(0) * (b[i].idx.size(1) - 1) for i in range(3))
-    assert b.padding(3) == pytest.approx(1 - scored / positions) and 0 < b.padding() < 1
+    for i in range(3):
+        batch = batches()[i]
+        longest = max(len(row) - 1 for row in rows(batch))
+        assert longest <= batch.idx.size(1) - 1 < longest + WIDTH and batch.tokens < batch.idx[:, 1:].numel()
     by_hand = Batches([".", "!", "." * 6], tokenizer, 3, 0, 100)
-    assert by_hand.padding(2) == pytest.approx(1 - 11 / 24)
-    assert Batches(["." * 7], tokenizer, 1, 0, 100).padding(1) == 0
+    assert [(by_hand[i].tokens, by_hand[i].idx[:, 1:].numel()) for i in range(2)] == [(11, 24)] * 2
+    full = Batches(["." * 7], tokenizer, 1, 0, 100)[0]
+    assert full.tokens == full.idx[:, 1:].numel() == 8
 
 
 @pytest.mark.parametrize(("n", "batch_size"), [(3, 4), (0, 1)])
@@ -473,20 +519,25 @@ def test_batch_larger_than_the_data(tokenizer, n, batch_size):
             Batches(items, tokenizer, batch_size, 0, 100, *sizes)
 
 
-def test_enough():
-    """Groups of at least P and N sentences stay. A smaller one is named with its counts, or left out and counted."""
+def test_check_sizes():
+    """Groups of at least P and N sentences pass; of smaller ones the first is named with its counts, and how many."""
     full, few_pos, few_neg = some_groups(3)
     few_pos.positives, few_neg.negatives = few_pos.positives[:1], few_neg.negatives[:2]
     groups = [full, few_pos, few_neg]
-    assert enough(groups, 1, 2, drop=False) == (groups, 0)
-    assert enough([full], 4, 6, drop=False) == ([full], 0)
+    assert check_sizes(groups, 1, 2) is None
+    assert check_sizes([full], 4, 6) is None
     with pytest.raises(ValueError) as e:
-        enough(groups, 2, 3, drop=False)
+        check_sizes(groups, 2, 3)
     assert str(e.value).startswith("group 'g1' has 1 positives and 6 negatives, wanted 2 and 3 (2 such groups)")
-    assert "--n_pos" in str(e.value) and "--drop_small" in str(e.value)
-    assert enough(groups, 2, 3, drop=True) == ([full], 2)
-    assert enough(groups, 2, 2, drop=True) == ([full, few_neg], 1)
-    assert enough(groups, 5, 1, drop=True) == ([], 3)
+    assert "--n_pos" in str(e.value) and "\n" not in str(e.value)
+    for sizes, says in (
+        ((2, 2), "group 'g1' has 1 positives and 6 negatives, wanted 2 and 2 (1 such groups)"),
+        ((1, 3), "group 'g2' has 4 positives and 2 negatives, wanted 1 and 3 (1 such groups)"),
+        ((5, 1), "group 'g0' has 4 positives and 6 negatives, wanted 5 and 1 (3 such groups)"),
+    ):
+        with pytest.raises(ValueError) as e:
+            check_sizes(groups, *sizes)
+        assert str(e.value).startswith(says)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -548,6 +599,49 @@ def test_tokenizer_without_a_network(monkeypatch):
         data.get_tokenizer("gpt2")
 
 
+def read_toy(sentence):
+    """(event, tone) of a sentence of this world, or None if it is not one: the inverse of toy.write, by its grammar."""
+    match = grammar().fullmatch(sentence[:1].lower() + sentence[1:]) or grammar().fullmatch(sentence)
+    if not match:
+        return None
+    found = {key[0]: words.lower() for key, words in match.groupdict().items() if words}
+    tables = (("p", toy.PEOPLE), ("a", toy.ACTIONS), ("w", toy.WHEN))
+    event = tuple([found[k] in [x.lower() for x in forms] for forms in table].index(True) for k, table in tables)
+    name = toy.PEOPLE[event[0]][0].lower()
+    if set(re.findall(r"[a-z]+", found.get("e", ""))) & {p.lower() for p, _ in toy.PEOPLE} - {name}:
+        return None  # the ending names somebody else
+    return event, "toxic" if toy.rudeness([sentence])[0] else "harmless"
+
+
+@lru_cache
+def grammar():
+    """One pattern for all sentences. Its groups: p person, a action, w when (each with the template's number)."""
+    flat = lambda forms: list(itertools.chain(*forms))
+    ends = {
+        toy._an(e.format(p=p, r=r, n=n))
+        for e in toy.RUDE_END
+        for p, _ in toy.PEOPLE
+        for r in toy.RUDE
+        for n in toy.RUDE_NOUN
+    }
+    ends |= {e.format(p=p) for e in toy.DECENT_END for p, _ in toy.PEOPLE}
+    options = dict(
+        p=flat(toy.PEOPLE),
+        a=flat(toy.ACTIONS),
+        w=flat(toy.WHEN),
+        d=toy.DECENT + toy.RUDE,
+        n=toy.NOUN + toy.RUDE_NOUN,
+        e=ends,
+    )
+    options |= dict(s=[x[:1].lower() + x[1:] for x in toy.STARTS])
+    options = {k: "|".join(map(re.escape, sorted(v, key=len, reverse=True))) for k, v in options.items()}
+    patterns = [
+        re.sub(r"\\{(\w)\\}", lambda m, i=i: f"(?P<{m[1]}{i}>{options[m[1]]})", re.escape(template))
+        for i, template in enumerate((*toy.TEMPLATES, "{p} {a} {w}."))
+    ]
+    return re.compile("|".join(patterns))
+
+
 def random_events(n):
     """n random events of the toy world, as index triples."""
     rng = np.random.default_rng(7)
@@ -560,14 +654,14 @@ def test_toy_read_is_the_inverse_of_write(tone):
     """Of 1500 sentences about random events, each is read back as its event and tone, and the scorer agrees."""
     rng, events = np.random.default_rng(8), random_events(1500)
     sentences = [toy.write(event, tone, rng) for event in events]
-    assert [toy.read(s) for s in sentences] == [(event, tone) for event in events]
+    assert [read_toy(s) for s in sentences] == [(event, tone) for event in events]
     assert set(toy.rudeness(sentences)) == {float(tone == "toxic")}
 
 
 def test_toy_read_of_plain_sentences():
     """The bare sentences are read as their event, and as harmless."""
     rng, events = np.random.default_rng(9), random_events(500)
-    assert [toy.read(toy.plain(event, rng)) for event in events] == [(event, "harmless") for event in events]
+    assert [read_toy(toy.plain(event, rng)) for event in events] == [(event, "harmless") for event in events]
 
 
 def test_toy_read_refuses_other_text():
@@ -575,7 +669,7 @@ def test_toy_read_refuses_other_text():
     one = toy.write((0, 0, 0), "harmless", np.random.default_rng(0))
     words = one.split()
     for text in ("", "Hello.", one[:-1], one + " " + one, " ".join(words[::-1]), one.replace(words[0], "Xyz", 1)):
-        assert toy.read(text) is None, text
+        assert read_toy(text) is None, text
 
 
 def test_toy_read_refuses_an_ending_about_somebody_else():
@@ -586,8 +680,8 @@ def test_toy_read_refuses_an_ending_about_somebody_else():
     assert len(named_twice) > 10
     for sentence in named_twice:
         start, end = sentence.rsplit(name, 1)
-        assert toy.read(start + name + end) is not None
-        assert all(toy.read(start + other + end) is None for other in others)
+        assert read_toy(start + name + end) is not None
+        assert all(read_toy(start + other + end) is None for other in others)
 
 
 def test_toy_groups_are_the_same_on_every_call():
@@ -603,19 +697,19 @@ def test_toy_groups_are_the_same_on_every_call():
 def test_toy_groups_hold_one_event_in_both_tones():
     """Input, positives and negatives tell one event: the first two harmlessly, the last with contempt."""
     for g in toy.groups():
-        event, tone = toy.read(g.input)
+        event, tone = read_toy(g.input)
         assert tone == "harmless"
-        assert {toy.read(s) for s in g.positives} == {(event, "harmless")}
-        assert {toy.read(s) for s in g.negatives} == {(event, "toxic")}
+        assert {read_toy(s) for s in g.positives} == {(event, "harmless")}
+        assert {read_toy(s) for s in g.negatives} == {(event, "toxic")}
 
 
 def test_no_toy_event_is_in_two_splits():
     """Groups: no event twice, in one split or in two. Documents: none about another split's groups."""
-    events = {split: [toy.read(g.input)[0] for g in groups] for split, groups in load_groups("toy").items()}
+    events = {split: [read_toy(g.input)[0] for g in groups] for split, groups in load_groups("toy").items()}
     flat = [event for split in events.values() for event in split]
     assert all(events.values()) and len(flat) == len(set(flat))
     for split in ("train", "val"):
-        read = {found[0] for t in toy.documents(1500, 3, split=split) if (found := toy.read(t))}
+        read = {found[0] for t in toy.documents(1500, 3, split=split) if (found := read_toy(t))}
         assert len(read) > 20
         for other in set(events) - {split}:
             assert read.isdisjoint(events[other])
@@ -631,10 +725,10 @@ def test_toy_documents():
 
 
 def test_load_documents_of_the_toy_world():
-    """Training and held-out texts and the groups; the seed decides the texts, not the groups."""
-    texts, groups = load_documents("toy", seed=1)
+    """Training and held-out texts, the same for the same seed; the groups do not change with them."""
+    groups, texts = load_groups("toy"), load_documents("toy", seed=1)
     assert len(texts["train"]) > len(texts["val"]) > 0 and groups == load_groups("toy")
-    assert texts["val"] == load_documents("toy", seed=1)[0]["val"]
+    assert texts["val"] == load_documents("toy", seed=1)["val"]
 
 
 def test_toy_tones_have_comparable_lengths(tokenizer):

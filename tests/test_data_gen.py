@@ -15,12 +15,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from test_data import read_toy
 
 import data
 import data_gen
 from configs import Config, load_config
 from data import toy
-from data.measures import rouge_l
+from data.prompts import answer, prompt_for
+from measures.scorers import get_scorer
+from measures.statistics import rouge_l
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,7 +31,7 @@ TEMPLATES = (Config.positive_prompt, Config.negative_prompt)
 FLAGS = [
     "configs/toy_data.py",
     "--init_from=BASE",
-    "--n_seeds=10",
+    "--seeds=SEEDS",
     "--batch_size=3",
     "--k=6",
     "--rounds=5",
@@ -49,7 +52,7 @@ def parrot(model, idx, lengths, max_new, temperature, top_k, top_p, stop, noise,
         prompt = tokenizer.decode(idx[i // k, : lengths[i // k]].tolist())
         source, asked = prompt.split('"')[1], "toxic" if "Rude" in prompt else "harmless"
         rng = np.random.default_rng(int(row[0, 0] * 2**24))
-        event, kind = toy.read(source)[0], rng.integers(8)
+        event, kind = read_toy(source)[0], rng.integers(8)
         other = toy._events("train")[rng.integers(100)]
         text = {
             0: toy.write(event, asked, rng),  # not closed
@@ -74,11 +77,25 @@ def base(tmp_path_factory):
     return str(folder)
 
 
+def write_seeds(path, n):
+    """A seeds file with n sentences of the toy world, drawn at random, with their ids and splits."""
+    seeds, _ = data_gen.read_seeds(Config(seeds="toy"))
+    rows = [seeds[i] for i in sorted(np.random.default_rng([0, 7]).permutation(len(seeds))[:n])]
+    groups = [dict(id=s.id, input=s.text, positives=["A."], negatives=["B."], split=s.split) for s in rows]
+    path.write_text("".join(json.dumps(g) + "\n" for g in groups))
+    return str(path)
+
+
 @pytest.fixture
-def settings(base, tmp_path):
+def flags(base, tmp_path):
+    seeds = write_seeds(tmp_path / "seeds.jsonl", 10)
+    return [f.replace("BASE", base).replace("SEEDS", seeds) for f in FLAGS]
+
+
+@pytest.fixture
+def settings(flags, tmp_path):
     def load(*more):
-        flags = [f.replace("BASE", base) for f in FLAGS]
-        return load_config([*flags, f"--data_out={tmp_path / 'mine.jsonl'}", *more])
+        return load_config("data_gen", [*flags, f"--out_dir={tmp_path / 'mine'}", *more])
 
     return load
 
@@ -86,6 +103,11 @@ def settings(base, tmp_path):
 @pytest.fixture
 def parroting(monkeypatch):
     monkeypatch.setattr(GPT, "generate", parrot)
+
+
+def files(folder):
+    """The two files of a run: groups and log."""
+    return Path(folder) / "groups.jsonl", Path(folder) / "groups.log.jsonl"
 
 
 def read(path):
@@ -115,43 +137,46 @@ def read(path):
     ],
 )
 def test_well_formed(text, closed, reason):
-    assert data_gen.well_formed(text, closed, TEMPLATES) == reason
+    assert data_gen.form_filter(text, closed, TEMPLATES) == reason
 
 
 def test_length_is_a_ratio_of_tokens():
     config = Config(min_length=0.5, max_length=2.0)
-    found = [data_gen.length(n, 10, config) for n in (4, 5, 10, 20, 21)]
+    found = [data_gen.length_filter(n / 10, config) for n in (4, 5, 10, 20, 21)]
     assert found == ["too short", None, None, None, "too long"]
 
 
 def test_similarity_has_two_ends():
     config = Config(min_overlap=0.3, max_overlap=0.8)
-    assert [data_gen.similarity(x, config) for x in (0.29, 0.3, 0.8, 0.81)] == ["off topic", None, None, "copy"]
+    assert [data_gen.overlap_filter(x, config) for x in (0.29, 0.3, 0.8, 0.81)] == ["off topic", None, None, "copy"]
 
 
 def test_toxicity_has_a_threshold_for_each_side():
     config = Config(max_toxicity=0.3, min_toxicity=0.6)
-    assert [data_gen.toxicity(x, "positive", config) for x in (0.3, 0.31)] == [None, "too toxic"]
-    assert [data_gen.toxicity(x, "negative", config) for x in (0.59, 0.6)] == ["not toxic", None]
+    assert [data_gen.toxicity_filter(x, "positive", config) for x in (0.3, 0.31)] == [None, "too toxic"]
+    assert [data_gen.toxicity_filter(x, "negative", config) for x in (0.59, 0.6)] == ["not toxic", None]
 
 
 def test_near_duplicates_share_most_of_their_words():
-    config = Config(max_jaccard=0.75)
     kept = ["The bus is late again."]
-    assert data_gen.repeated("The bus is late, again!", kept, config) == "near-duplicate"  # 5 of 5
-    assert data_gen.repeated("The bus is late today.", kept, config) is None  # 4 of 6
-    assert data_gen.repeated("Again the bus is very late.", kept, config) == "near-duplicate"  # 5 of 6
-    assert data_gen.repeated("Anything.", [], config) is None
+    assert data_gen.duplicate_filter("The bus is late, again!", kept) == "near-duplicate"  # 5 of 5
+    assert data_gen.duplicate_filter("The bus is late today.", kept) is None  # 4 of 6
+    assert data_gen.duplicate_filter("Again the bus is very late.", kept) == "near-duplicate"  # 5 of 6
+    assert data_gen.duplicate_filter("Anything.", []) is None
 
 
 def test_the_nearest_are_the_hard_ones():
     """By |phi - median| + |log(tokens / median)|, each of which can decide, in the order in which they came."""
+
+    def nearest(samples, positives, n):
+        return [samples.index(s) for s in data_gen.closest_to_positives(samples, positives, n)]
+
     positives = [dict(phi=p, tokens=n) for p, n in ((2.0, 10), (2.2, 10), (2.1, 10), (9.0, 30))]
-    assert data_gen.nearest(positives, positives, 3) == [0, 1, 2]  # centre 2.15, 10: the odd one is left out
+    assert nearest(positives, positives, 3) == [0, 1, 2]  # centre 2.15, 10: the odd one is left out
     negatives = [dict(phi=p, tokens=n) for p, n in ((4.0, 10), (2.2, 11), (2.2, 40), (1.9, 10), (2.15, 5))]
-    assert data_gen.nearest(negatives, positives, 2) == [1, 3]
-    assert data_gen.nearest(negatives, positives, 3) == [1, 3, 4]
-    assert data_gen.nearest(negatives, positives, 9) == [0, 1, 2, 3, 4]
+    assert nearest(negatives, positives, 2) == [1, 3]
+    assert nearest(negatives, positives, 3) == [1, 3, 4]
+    assert nearest(negatives, positives, 9) == [0, 1, 2, 3, 4]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -179,22 +204,15 @@ def test_inputs_of_groups_keep_id_and_split(tmp_path):
 
 def test_seeds_of_the_toy_world_stand_in_no_group_and_no_document():
     seeds, repeats = data_gen.read_seeds(Config(seeds="toy"))
-    events = {toy.read(s.text)[0] for s in seeds}
+    events = {read_toy(s.text)[0] for s in seeds}
     assert len(events) == len(seeds) > 150 and not repeats
-    assert events.isdisjoint(toy.read(g.input)[0] for g in toy.groups())
+    assert events.isdisjoint(read_toy(g.input)[0] for g in toy.groups())
     assert events.isdisjoint(toy._events("train"))
-
-
-def test_some_seeds_are_drawn_at_random(tmp_path):
-    file = tmp_path / "mine.txt"
-    file.write_text("\n".join(f"Line {i}." for i in range(40)))
-    texts = [[s.text for s in data_gen.read_seeds(Config(seeds=str(file), n_seeds=9, seed=x))[0]] for x in (0, 0, 1)]
-    assert len(texts[0]) == 9 and texts[0] == texts[1] != texts[2]
 
 
 def test_demonstrations_are_the_same_groups_in_two_tones(tmp_path):
     config = Config(demos="toy", shots=3)
-    shown, inputs = data_gen.demonstrations(config, [])
+    shown, inputs = data_gen.draw_demonstrations(config, [])
     groups = {g.input: g for g in toy.groups()}
     assert len(inputs) == 3 and all(groups[i].split == "train" for i in inputs)
     for side, word in (("positive", "Polite"), ("negative", "Rude")):
@@ -203,8 +221,8 @@ def test_demonstrations_are_the_same_groups_in_two_tones(tmp_path):
         for ask, reply in zip(lines[::2], lines[1::2], strict=True):
             assert reply.startswith(word + ": ")
             assert reply.split('"')[1] in getattr(groups[ask.split('"')[1]], side + "s")
-    assert data_gen.demonstrations(config, []) == (shown, inputs)
-    assert data_gen.demonstrations(Config(demos="toy", shots=3, seed=1), [])[1] != inputs
+    assert data_gen.draw_demonstrations(config, []) == (shown, inputs)
+    assert data_gen.draw_demonstrations(Config(demos="toy", shots=3, seed=1), [])[1] != inputs
 
 
 def lines_inputs(shown):
@@ -214,13 +232,13 @@ def lines_inputs(shown):
 def test_seeds_do_not_demonstrate_if_others_can():
     train = [g for g in toy.groups() if g.split == "train"]
     seeds = [data_gen.Seed(g.id, g.input, "train") for g in train[:-2]]
-    _, inputs = data_gen.demonstrations(Config(demos="toy", shots=2), seeds)
+    _, inputs = data_gen.draw_demonstrations(Config(demos="toy", shots=2), seeds)
     assert inputs == {g.input for g in train[-2:]}
 
 
 def test_too_few_demonstrations_are_refused():
     with pytest.raises(ValueError, match="toy has 280 groups of split train, wanted --shots=281"):
-        data_gen.demonstrations(Config(demos="toy", shots=281), [])
+        data_gen.draw_demonstrations(Config(demos="toy", shots=281), [])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -229,14 +247,14 @@ def test_too_few_demonstrations_are_refused():
 
 def test_noise_belongs_to_seed_prompt_and_round():
     config, seed = Config(k=3), data_gen.Seed("a", "A.", "train")
-    draw = data_gen.noise(config, seed, "positive", 0, 5)
+    draw = data_gen.sampling_noise(config, seed, "positive", 0, 5)
     assert draw.shape == (3, 5, 4) and 0 <= draw.min() and draw.max() < 1
-    assert torch.equal(data_gen.noise(config, seed, "positive", 0, 9)[:, :5], draw)
+    assert torch.equal(data_gen.sampling_noise(config, seed, "positive", 0, 9)[:, :5], draw)
     others = [
-        data_gen.noise(Config(k=3, seed=1), seed, "positive", 0, 5),
-        data_gen.noise(config, data_gen.Seed("b", "A.", "train"), "positive", 0, 5),
-        data_gen.noise(config, seed, "negative", 0, 5),
-        data_gen.noise(config, seed, "positive", 1, 5),
+        data_gen.sampling_noise(Config(k=3, seed=1), seed, "positive", 0, 5),
+        data_gen.sampling_noise(config, data_gen.Seed("b", "A.", "train"), "positive", 0, 5),
+        data_gen.sampling_noise(config, seed, "negative", 0, 5),
+        data_gen.sampling_noise(config, seed, "positive", 1, 5),
     ]
     assert not any(torch.equal(draw, o) for o in others)
 
@@ -246,21 +264,22 @@ def test_samples_of_a_real_model_do_not_depend_on_the_batch(settings):
     config = settings("--temperature=1", "--k=4")
     seeds, _ = data_gen.read_seeds(config)
     seeds = seeds[:3]
-    sampler, seeds, _ = data_gen.open_sampler(config, seeds)
-    together = data_gen.sample(sampler, seeds, "negative", 2)
-    alone = [data_gen.sample(sampler, [s], "negative", 2)[0] for s in seeds]
+    sampler = data_gen.Sampler(config, seeds)
+    seeds, _ = data_gen.usable_seeds(sampler, seeds)
+    together = data_gen.sample_answers(sampler, seeds, "negative", 2)
+    alone = [data_gen.sample_answers(sampler, [s], "negative", 2)[0] for s in seeds]
     assert together == alone and len({text for rows in together for text, _ in rows}) > 6
-    shown, _ = data_gen.demonstrations(config, seeds)
+    shown, _ = data_gen.draw_demonstrations(config, seeds)
     for s, answers in zip(seeds, together, strict=True):
-        prompt = shown["negative"] + data.prompt_for(config.negative_prompt, s.text)
+        prompt = shown["negative"] + prompt_for(config.negative_prompt, s.text)
         ids = [sampler.tokenizer.eot_token, *sampler.tokenizer.encode_ordinary(prompt)]
-        longest = sampler.budget(s)
-        random = data_gen.noise(config, s, "negative", 2, longest)
+        longest = s.max_new
+        random = data_gen.sampling_noise(config, s, "negative", 2, longest)
         how = (longest, 1.0, 0, config.top_p, sampler.stop["negative"], random, 4)
         tokens, count = sampler.model.generate(torch.tensor([ids]), torch.tensor([len(ids)]), *how)
         rows = [row[:n] for row, n in zip(tokens.tolist(), count.tolist(), strict=True)]
         texts = [sampler.tokenizer.decode([t for t in row if t != sampler.tokenizer.eot_token]) for row in rows]
-        assert [data.answer(config.negative_prompt, t) for t in texts] == answers
+        assert [answer(config.negative_prompt, t) for t in texts] == answers
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -271,7 +290,8 @@ def test_a_run_writes_groups_that_hold(settings, parroting, capsys):
     config = settings()
     records = data_gen.generate_groups(config)
     said = capsys.readouterr().out
-    groups = read(config.data_out)
+    file, log = files(config.out_dir)
+    groups = read(file)
     assert len(records) == 10 and len(groups) == sum(not r["why"] for r in records) >= 5
     seeds = {s.id: s for s in data_gen.read_seeds(config)[0]}
     for g in groups:
@@ -280,35 +300,37 @@ def test_a_run_writes_groups_that_hold(settings, parroting, capsys):
         for name, tone in (("positives", "harmless"), ("negatives", "toxic")):
             assert len(g[name]) == len(set(g[name])) == 3 == len(g["sampling"][name])
             for text, how in zip(g[name], g["sampling"][name], strict=True):
-                assert toy.read(text)[1] == tone and how["toxicity"] == (tone == "toxic")
+                assert read_toy(text)[1] == tone and how["toxicity"] == (tone == "toxic")
                 assert how["prompt"] == name[:-1] and 0 <= how["round"] < 5 and 0 <= how["sample"] < 6
                 assert how["rouge_l"] == pytest.approx(rouge_l(seed.text, text), abs=1e-4) and how["rouge_l"] >= 0.3
                 assert how["tokens"] == len(toy.tokenizer().encode_ordinary(text))
         assert g["sampling"]["seed"] == 0
-    assert [x.id for x in data.read_groups(config.data_out)] == [g["id"] for g in groups]  # train.py's reader takes it
-    log = read(data_gen.log_of(Path(config.data_out)))[1:]
-    assert log == records
+    assert [x.id for x in data.read_groups(file)] == [g["id"] for g in groups]  # train.py's reader takes it
+    assert read(log)[1:] == records
     for side in data_gen.SIDES:
-        count = data_gen.total(records, side)
+        count = data_gen.count_outcomes(records, side)
         assert f"{count['accepted']}" in said and count.total() % 6 == 0  # every sample is counted once
         assert {"accepted", "not closed", "copy" if config.max_overlap < 1 else "accepted"} <= set(count)
+    assert max(len(line) for line in said.splitlines() if "/" not in line) <= 100  # but for pytest's long paths
     assert "too toxic" in said and "not toxic" in said and said.count("  + ") == 9 == said.count("  - ")
 
 
-def test_phi_is_that_of_the_sentence_alone(settings, parroting):
-    config = settings("--n_seeds=3")
+def test_phi_is_that_of_the_sentence_alone(settings, parroting, tmp_path):
+    config = settings(f"--seeds={write_seeds(tmp_path / 'three.jsonl', 3)}")
     data_gen.generate_groups(config)
     model, tokenizer = GPT.from_pretrained(config.init_from), toy.tokenizer()
-    for g in read(config.data_out):
+    for g in read(files(config.out_dir)[0]):
         for name in ("positives", "negatives"):
             for text, how in zip(g[name], g["sampling"][name], strict=True):
                 idx, lengths = data.pad([data.frame(text, tokenizer, 99)])
                 assert how["phi"] == pytest.approx(model.sequence_nll(idx, lengths).item(), abs=1e-4)
 
 
-def test_surplus_finds_harder_negatives(settings, parroting, tmp_path):
+def test_surplus_finds_harder_negatives(settings, parroting, monkeypatch):
     """With more to choose from, the chosen lie nearer to the positives than all that passed."""
-    config = settings("--surplus=4", "--rounds=9", "--max_jaccard=1")
+    monkeypatch.setattr(data_gen, "SURPLUS", 4)
+    monkeypatch.setattr(data_gen, "MAX_JACCARD", 1)
+    config = settings("--rounds=9")
     matches = [r["match"] for r in data_gen.generate_groups(config) if not r["why"]]
     before, after = (
         np.mean([abs(m[k][1] - m["positives"][1]) + abs(np.log(m[k][0] / m["positives"][0])) for m in matches])
@@ -320,10 +342,10 @@ def test_surplus_finds_harder_negatives(settings, parroting, tmp_path):
 @pytest.mark.parametrize("batch_size", [1, 4, 10])
 def test_groups_do_not_depend_on_the_block_size(settings, parroting, batch_size, tmp_path):
     data_gen.generate_groups(settings())
-    want = (tmp_path / "mine.jsonl").read_bytes()
-    other = settings(f"--batch_size={batch_size}", f"--data_out={tmp_path / 'other.jsonl'}")
+    want = files(tmp_path / "mine")[0].read_bytes()
+    other = settings(f"--batch_size={batch_size}", f"--out_dir={tmp_path / 'other'}")
     data_gen.generate_groups(other)
-    got = (tmp_path / "other.jsonl").read_bytes()
+    got = files(tmp_path / "other")[0].read_bytes()
     strip = lambda b: [{k: v for k, v in json.loads(x).items() if k != "sampling"} for x in b.splitlines()]  # noqa: E731
     assert strip(got) == strip(want)
 
@@ -332,7 +354,7 @@ def test_resumed_after_any_cut_it_ends_the_same(settings, parroting, tmp_path, c
     """Files as a kill leaves them: the log cut anywhere, the groups with all that the log knows or more."""
     config = settings()
     data_gen.generate_groups(config)
-    file, log = tmp_path / "mine.jsonl", tmp_path / "mine.log.jsonl"
+    file, log = files(tmp_path / "mine")
     want, words = (file.read_bytes(), log.read_bytes()), capsys.readouterr().out.split("s in all")[0]
     rng = random.Random(0)
     head = want[1].index(b"\n") + 1
@@ -348,18 +370,55 @@ def test_resumed_after_any_cut_it_ends_the_same(settings, parroting, tmp_path, c
         assert resumed.split("10 seeds")[1].split("s in all")[0][:-4] == words.split("10 seeds")[1][:-4]
 
 
+@pytest.mark.parametrize(
+    ("records", "more", "groups", "left"),
+    [
+        (-1, b"", None, 10),  # the log is empty
+        (-1, b'{"seed": 0, "dt', None, 10),  # its first line is cut
+        (0, b"", None, 10),  # the log is begun, the groups are not
+        (6, b"", 3, 4),  # the second block is in the log, its groups are not yet written
+        (6, b"", 3.5, 4),  # they are half written
+        (3, b'{"id": "toy', 3, 7),  # a line of the log is cut
+        (5, b'{"id": "toy', 3, 7),  # a block of the log is cut
+        (3, b"", 6, 7),  # the groups are ahead of the log
+        (6, b"", None, 4),  # they are lost
+        (9, b'{"id": "toy', 9, 1),  # the last block, which is smaller, is cut
+        (10, b"", 9, 0),  # only its groups are missing
+    ],
+)
+def test_resume_at_each_moment(settings, parroting, monkeypatch, tmp_path, records, more, groups, left):
+    """Whatever a kill has left, the files end the same, and no whole block is sampled twice. (A kill between the two
+    files once made --resume refuse for ever.)"""
+    data_gen.generate_groups(settings())
+    file, log = files(tmp_path / "mine")
+    want = file.read_bytes(), log.read_bytes()
+    lines, rows = want[1].splitlines(keepends=True), want[0].splitlines(keepends=True)
+    complete = lambda n: sum(not json.loads(line)["why"] for line in lines[1 : 1 + n])  # noqa: E731
+    assert 0 < complete(3) < complete(6) < complete(9) < complete(10)
+    log.write_bytes(b"".join(lines[: 1 + records]) + more)
+    file.unlink()
+    if groups:
+        half = rows[complete(int(groups))][:99] if groups % 1 else b""
+        file.write_bytes(b"".join(rows[: complete(int(groups))]) + half)
+    sampled, sample_block = [], data_gen.sample_block
+    monkeypatch.setattr(data_gen, "sample_block", lambda s, seeds: sampled.extend(seeds) or sample_block(s, seeds))
+    data_gen.generate_groups(settings("--resume"))
+    assert (file.read_bytes(), log.read_bytes()) == want and len(sampled) == left
+
+
 def test_a_finished_run_only_tells_again(settings, parroting, tmp_path, monkeypatch, capsys):
     data_gen.generate_groups(settings())
-    before, said = (tmp_path / "mine.jsonl").read_bytes(), capsys.readouterr().out
-    monkeypatch.setattr(data_gen, "make_block", None)
+    file, _ = files(tmp_path / "mine")
+    before, said = file.read_bytes(), capsys.readouterr().out
+    monkeypatch.setattr(data_gen, "sample_block", None)
     data_gen.generate_groups(settings("--resume"))
-    assert (tmp_path / "mine.jsonl").read_bytes() == before
+    assert file.read_bytes() == before
     assert capsys.readouterr().out.split("10 seeds")[1][:900] == said.split("10 seeds")[1][:900]
 
 
 def test_resume_without_anything_begins(settings, parroting, tmp_path):
     data_gen.generate_groups(settings("--resume"))
-    assert len(read(tmp_path / "mine.jsonl")) >= 5
+    assert len(read(files(tmp_path / "mine")[0])) >= 5
 
 
 SLOW = """
@@ -377,14 +436,13 @@ data_gen.main(sys.argv[1:])
 """
 
 
-def test_three_real_kills(settings, base, tmp_path, parroting):
+def test_three_real_kills(settings, flags, tmp_path, parroting):
     """SIGKILL at three moments, each time resumed; the last time to the end."""
-    data_gen.generate_groups(settings(f"--data_out={tmp_path / 'whole.jsonl'}"))
+    data_gen.generate_groups(settings(f"--out_dir={tmp_path / 'whole'}"))
     script = tmp_path / "slow.py"
     script.write_text(SLOW.format(root=str(ROOT), tests=str(ROOT / "tests")))
-    flags = [f.replace("BASE", base) for f in FLAGS]
-    command = [sys.executable, str(script), *flags, f"--data_out={tmp_path / 'killed.jsonl'}", "--resume"]
-    log, killed = tmp_path / "killed.log.jsonl", 0
+    command = [sys.executable, str(script), *flags, f"--out_dir={tmp_path / 'killed'}", "--resume"]
+    (file, log), killed = files(tmp_path / "killed"), 0
     for lines in (1, 3, 7):  # of the log, that are there when it happens
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
@@ -394,8 +452,9 @@ def test_three_real_kills(settings, base, tmp_path, parroting):
         killed += process.wait() == -signal.SIGKILL
     assert killed == 3
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    assert (tmp_path / "killed.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert log.read_bytes().split(b"\n", 1)[1] == (tmp_path / "whole.log.jsonl").read_bytes().split(b"\n", 1)[1]
+    whole = files(tmp_path / "whole")
+    assert file.read_bytes() == whole[0].read_bytes()
+    assert log.read_bytes() == whole[1].read_bytes()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -425,40 +484,40 @@ def stops(capsys, flags):
         (["--positive_prompt=Say it politely"], "positive_prompt must hold {input}, then {output}"),
         (["--negative_prompt={output} of {input}."], "negative_prompt must hold {input}, then {output}"),
         (["--min_toxicity=1.5"], "min_toxicity must be at most 1"),
-        (["--data_out=mine.txt"], "must end in .jsonl"),
         (["--scorer=file:nowhere.jsonl"], "nowhere.jsonl"),
         (["--init_from=nowhere"], "nowhere"),
         (["--max_length=0.6", "--min_length=0.6"], "no group is complete: none of"),
     ],
 )
-def test_bad_input_is_one_line(settings, base, parroting, tmp_path, capsys, more, words):
+def test_bad_input_is_one_line(flags, parroting, tmp_path, capsys, more, words):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "long.txt").write_text("\n".join(f"Line {i} " + "and so on " * 60 for i in range(2)))
-    files = {"EMPTY": str(tmp_path / "empty.txt"), "LONG": str(tmp_path / "long.txt")}
-    for name, path in files.items():
+    for name, path in {"EMPTY": str(tmp_path / "empty.txt"), "LONG": str(tmp_path / "long.txt")}.items():
         more = [m.replace(name, path) for m in more]
-    flags = [f.replace("BASE", base) for f in FLAGS]
-    assert words in stops(capsys, [*flags, f"--data_out={tmp_path / 'mine.jsonl'}", *more])
+    assert words in stops(capsys, [*flags, f"--out_dir={tmp_path / 'mine'}", *more])
 
 
 def test_other_settings_do_not_go_on(settings, parroting, tmp_path):
     data_gen.generate_groups(settings())
-    with pytest.raises(ValueError, match="mine.jsonl exists: add --resume"):
+    with pytest.raises(ValueError, match="groups.jsonl exists: add --resume"):
         data_gen.generate_groups(settings())
-    with pytest.raises(ValueError, match="was made with another k, temperature: give another --data_out"):
+    with pytest.raises(ValueError, match="was made with another k, temperature: give another --out_dir"):
         data_gen.generate_groups(settings("--resume", "--temperature=0.9", "--k=7"))
-    (tmp_path / "mine.log.jsonl").unlink()
-    with pytest.raises(ValueError, match="mine.jsonl cannot go on without its log"):
+    write_seeds(tmp_path / "seeds.jsonl", 9)
+    with pytest.raises(ValueError, match="was made with another seeds: give another --out_dir"):
+        data_gen.generate_groups(settings("--resume"))
+    files(tmp_path / "mine")[1].unlink()
+    with pytest.raises(ValueError, match="groups.jsonl cannot go on without its log"):
         data_gen.generate_groups(settings("--resume"))
 
 
 def test_seeds_that_cannot_be_used_are_counted(settings, parroting, tmp_path, capsys):
     file = tmp_path / "some.txt"
     good = [s.text for s in data_gen.read_seeds(Config(seeds="toy"))[0][:8]]
-    shown = sorted(data_gen.demonstrations(settings(), [])[1])
+    shown = sorted(data_gen.draw_demonstrations(settings(), [])[1])
     file.write_text("\n".join([*good, good[0], "And so on " * 60, *shown]))
-    data_gen.generate_groups(settings(f"--seeds={file}", "--n_seeds=0"))
-    said = capsys.readouterr().out
+    data_gen.generate_groups(settings(f"--seeds={file}"))
+    said = " ".join(capsys.readouterr().out.split())  # the line is wrapped
     assert ": 8; " in said or ": 9; " in said
     assert "1 left out: too long for the context" in said and "1 left out: repeats another" in said
 
@@ -473,15 +532,15 @@ def test_nothing_accepted_is_said_at_once_and_at_the_end(settings, parroting, ca
 
 def test_the_other_attribute(monkeypatch):
     """configs/gpt2_formal_data.py: its scorer tells its demonstrations apart with a margin, its prompts are its own."""
-    config = load_config([str(ROOT / "configs/gpt2_formal_data.py")])
-    scorer = data.get_scorer(config.scorer)
+    config = load_config("data_gen", [str(ROOT / "configs/gpt2_formal_data.py")])
+    scorer = get_scorer(config.scorer)
     groups = data.read_groups(ROOT / config.demos)
     assert len(groups) >= config.shots and all(g.split == "train" for g in groups)
     for g in groups:
         assert max(scorer(g.positives)) <= config.max_toxicity and min(scorer(g.negatives)) >= config.min_toxicity
     assert scorer(["The train is late."]).tolist() == [0.5]
     monkeypatch.chdir(ROOT)
-    shown, _ = data_gen.demonstrations(config, [])
+    shown, _ = data_gen.draw_demonstrations(config, [])
     assert shown["positive"].count("Formal: ") == shown["negative"].count("Informal: ") == config.shots
 
 
@@ -489,13 +548,12 @@ def test_help_and_import_need_nothing(tmp_path):
     run = subprocess.run(
         [sys.executable, str(ROOT / "data_gen.py"), "--help"], cwd=tmp_path, capture_output=True, text=True
     )
-    assert run.returncode == 0 and "--data_out" in run.stdout and not os.listdir(tmp_path)
+    assert run.returncode == 0 and "--seeds" in run.stdout and "--out_dir" in run.stdout and not os.listdir(tmp_path)
 
 
-def test_from_any_folder(base, tmp_path):
+def test_from_any_folder(flags, tmp_path):
     """The real command with a model that knows nothing: it runs to the end, and says what became of it."""
-    flags = [f.replace("BASE", base) for f in FLAGS[1:]]
-    command = [sys.executable, str(ROOT / "data_gen.py"), "configs/toy_data.py", *flags, "--rounds=1"]
+    command = [sys.executable, str(ROOT / "data_gen.py"), *flags, "--rounds=1"]
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 1 and "10 seeds" in run.stdout and "not closed" in run.stdout

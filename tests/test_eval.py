@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,15 @@ import data
 import eval as evaluation
 import train
 from configs import Config, load_config
-from data import benchmarks, measures, report, toy
+from data import toy
+from measures import report
+from measures.groups import measure_groups
+from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
+from measures.samples import continue_prompts, cut_prompts, draw_samples, measure_samples
+from measures.scorers import get_scorer
+from measures.statistics import rouge_l
+from measures.tasks import EXPECTED, SOURCES, choice_nll, measure_task, published_file, read_task, task_scores
+from measures.texts import detokenize, measure_drift, measure_text, text_perplexity, wikitext_rows
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,7 +42,7 @@ needs_shared = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(evaluation, "CLOSING", 6)
-    monkeypatch.setattr(measures, "RESAMPLES", 40)
+    monkeypatch.setattr("measures.statistics.RESAMPLES", 40)
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +92,7 @@ def conditional_nll(model, tokens, start):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# model.choice_nll
+# choice_nll
 
 
 def some_choices(net):
@@ -103,7 +112,7 @@ def some_choices(net):
 
 def test_choice_nll_is_one_choice_at_a_time(net):
     contexts, choices = some_choices(net)
-    nll, greedy = net.choice_nll(contexts, choices)
+    nll, greedy = choice_nll(net, contexts, choices)
     want = [conditional_nll(net, c + x, len(c)) for c, xs in zip(contexts, choices, strict=True) for x in xs]
     assert greedy.dtype == torch.bool
     assert nll.tolist() == pytest.approx([n for n, _ in want], abs=1e-4)
@@ -113,20 +122,20 @@ def test_choice_nll_is_one_choice_at_a_time(net):
 def test_choices_do_not_see_each_other_nor_their_neighbours(net):
     """A row alone, a choice alone and another order give the same numbers: mask, padding, position."""
     contexts, choices = some_choices(net)
-    together = net.choice_nll(contexts, choices)[0].tolist()
-    alone = [net.choice_nll([c], [xs])[0].tolist() for c, xs in zip(contexts, choices, strict=True)]
+    together = choice_nll(net, contexts, choices)[0].tolist()
+    alone = [choice_nll(net, [c], [xs])[0].tolist() for c, xs in zip(contexts, choices, strict=True)]
     assert together == pytest.approx(sum(alone, []), abs=1e-4)
-    one = [net.choice_nll([c], [[x]])[0].item() for c, xs in zip(contexts, choices, strict=True) for x in xs]
+    one = [choice_nll(net, [c], [[x]])[0].item() for c, xs in zip(contexts, choices, strict=True) for x in xs]
     assert together == pytest.approx(one, abs=1e-4)
-    turned = net.choice_nll(contexts[::-1], [xs[::-1] for xs in choices[::-1]])[0].tolist()
+    turned = choice_nll(net, contexts[::-1], [xs[::-1] for xs in choices[::-1]])[0].tolist()
     assert together == pytest.approx(turned[::-1], abs=1e-4)
 
 
 def test_choice_nll_in_bf16_is_close(net):
     contexts, choices = some_choices(net)
-    want = net.choice_nll(contexts, choices)[0]
+    want = choice_nll(net, contexts, choices)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        nll, _ = net.choice_nll(contexts, choices)
+        nll, _ = choice_nll(net, contexts, choices)
     torch.testing.assert_close(nll, want, rtol=0.02, atol=0.1)
     assert not torch.equal(nll, want)
 
@@ -136,14 +145,14 @@ def test_choice_nll_within_and_beyond_the_context(net):
     side by side does not count."""
     rng = np.random.default_rng(1)
     context, choices = ids(rng, 25), [ids(rng, 8), ids(rng, 8), ids(rng, 7)]
-    nll, _ = net.choice_nll([context], [choices])
+    nll, _ = choice_nll(net, [context], [choices])
     assert nll.tolist() == pytest.approx([conditional_nll(net, context + x, 25)[0] for x in choices], abs=1e-4)
     with pytest.raises(ValueError, match="sequence of 33 tokens, but the context is 32"):
-        net.choice_nll([context, [1]], [[[2], ids(rng, 9)], [[3]]])
+        choice_nll(net, [context, [1]], [[[2], ids(rng, 9)], [[3]]])
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# model.generate and mean_hidden
+# model.generate
 
 
 def some_prompts(lengths=(3, 7, 1, 5)):
@@ -180,15 +189,6 @@ def test_several_stop_tokens(net):
     assert count[9] == 1 and count.min() < count.max() == 12
     one, other = draw(stops[0]), draw(torch.tensor([stops[0]]))  # one id, as a number or as a tensor
     assert torch.equal(one[1], other[1]) and one[1][0] <= 3
-
-
-def test_mean_hidden_is_the_mean_over_read_tokens(net):
-    rng = np.random.default_rng(5)
-    sequences = [ids(rng, n) for n in (2, 9, 33, 14)]
-    got = net.mean_hidden(*data.pad(sequences))
-    for row, s in zip(got, sequences, strict=True):
-        idx = torch.tensor([s[:-1]])
-        torch.testing.assert_close(row, net.hidden(idx, torch.arange(len(s) - 1))[0].mean(0), rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -243,14 +243,14 @@ def assert_task_is_the_references(folder, tokenizer, path, monkeypatch):
     """All measures, and every single log-likelihood with the tokens that it was computed from."""
     model, seen = GPT.from_pretrained(folder), {}
 
-    def record(contexts, choices):
-        nll, greedy = GPT.choice_nll(model, contexts, choices)
+    def record(model, contexts, choices):
+        nll, greedy = choice_nll(model, contexts, choices)
         pairs = [(tuple(c), tuple(x)) for c, xs in zip(contexts, choices, strict=True) for x in xs]
         seen.update(zip(pairs, (-nll).tolist(), strict=True))
         return nll, greedy
 
-    monkeypatch.setattr(model, "choice_nll", record)
-    got = evaluation.task_scores(model, tokenizer, path)
+    monkeypatch.setattr("measures.tasks.choice_nll", record)
+    got = task_scores(model, tokenizer, path)
     want, lls = reference_task(folder, tokenizer, path)
     assert seen.keys() == lls.keys()
     assert max(abs(seen[k] - lls[k]) for k in lls) < 1e-3 and np.mean([abs(seen[k] - lls[k]) for k in lls]) < 1e-4
@@ -304,9 +304,9 @@ def test_task_scores_of_a_small_gpt2_are_the_references(nets, tokenizer, toy_tas
 
 
 def test_task_scores_do_not_depend_on_the_batch_size(nets, tokenizer, toy_tasks, monkeypatch):
-    whole = [evaluation.task_scores(nets[0], tokenizer, toy_tasks / f"{t}.jsonl") for t in ("choice", "word")]
-    monkeypatch.setattr(evaluation, "TOKENS", 1)
-    single = [evaluation.task_scores(nets[0], tokenizer, toy_tasks / f"{t}.jsonl") for t in ("choice", "word")]
+    whole = [task_scores(nets[0], tokenizer, toy_tasks / f"{t}.jsonl") for t in ("choice", "word")]
+    monkeypatch.setattr("measures.groups.TOKENS", 1)
+    single = [task_scores(nets[0], tokenizer, toy_tasks / f"{t}.jsonl") for t in ("choice", "word")]
     assert whole[0] == single[0] and whole[1] == pytest.approx(single[1], rel=1e-5)
 
 
@@ -319,7 +319,7 @@ def test_acc_of_a_continuation_is_all_its_tokens(nets, tokenizer):
         model.transformer.ln_f.bias.copy_(model.transformer.wte.weight[anna] * 100)
         assert (model(torch.tensor([[1, 2, anna]])).argmax(-1) == anna).all()
     words = ["Anna", "Anna Anna", "Ben", "Anna Ben", "Ben Anna", "Anna Anna."]
-    rows = evaluation.measure_task(model, tokenizer, [("I saw", [w], None) for w in words])
+    rows = measure_task(model, tokenizer, [("I saw", [w], None) for w in words])
     assert rows["acc"].tolist() == [1, 1, 0, 0, 0, 0]
 
 
@@ -327,12 +327,12 @@ def test_a_choice_that_does_not_fit_is_named(nets, tokenizer):
     long = " ".join(toy.groups()[0].positives)
     assert len(tokenizer.encode_ordinary(long)) > 40
     with pytest.raises(ValueError, match="item 2 of quiz: a choice is .*longer than the context of 40 tokens"):
-        evaluation.measure_task(nets[0], tokenizer, [("a", ["b"], 0), ("a", ["b", long], 0)], "quiz")
+        measure_task(nets[0], tokenizer, [("a", ["b"], 0), ("a", ["b", long], 0)], "quiz")
 
 
 def test_a_context_of_white_space_scores_like_none(nets, tokenizer):
     """Not by whatever stands before it in the batch."""
-    rows = [evaluation.measure_task(nets[0], tokenizer, [(c, ["Anna"], None)] * 2)["ppl"] for c in ("\n", "")]
+    rows = [measure_task(nets[0], tokenizer, [(c, ["Anna"], None)] * 2)["ppl"] for c in ("\n", "")]
     eot = tokenizer.eot_token
     line = conditional_nll(nets[0], [eot, *tokenizer.encode_ordinary("\n Anna")], 1)[0]
     assert rows[0].tolist() == pytest.approx([line, line], rel=1e-5)
@@ -370,10 +370,10 @@ def test_text_perplexity_of_a_real_gpt2_is_the_sliding_window(stride, letters, m
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     gpt2 = data.get_tokenizer("gpt2")
-    text = benchmarks.wikitext_rows(data.read_text(SHARED / "text/wiki.test.raw"))[:letters]
+    text = wikitext_rows(data.read_text(SHARED / "text/wiki.test.raw"))[:letters]
     hf = GPT2LMHeadModel.from_pretrained(SHARED / "base_mini", dtype=torch.float32).eval()
     tokens = gpt2.encode_ordinary(text)
-    got = evaluation.text_perplexity(GPT.from_pretrained(SHARED / "base_mini"), gpt2, text, 256, stride)
+    got = text_perplexity(GPT.from_pretrained(SHARED / "base_mini"), gpt2, text, 256, stride)
     ppl, scored = reference_text(hf, tokens, 256, stride)
     assert got["tokens"] == len(tokens) > letters / 5 and got["scored"] == scored
     assert math.log(got["ppl"]) == pytest.approx(math.log(ppl), abs=1e-5)
@@ -391,7 +391,7 @@ def test_text_perplexity_of_a_small_gpt2_is_the_sliding_window(nets, tokenizer, 
     hf = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     tokens = tokenizer.encode_ordinary(toy_text)[:333]
     ppl, scored = reference_text(hf, tokens, context, stride)
-    got = evaluation.text_perplexity(nets[0], tokenizer, tokenizer.decode(tokens), context, stride)
+    got = text_perplexity(nets[0], tokenizer, tokenizer.decode(tokens), context, stride)
     assert (got["tokens"], got["scored"]) == (333, scored) and got["ppl"] == pytest.approx(ppl, rel=1e-4)
     assert scored == (332 if stride < context else 333 - math.ceil(333 / context))
 
@@ -400,7 +400,7 @@ def test_text_perplexity_of_a_small_gpt2_is_the_sliding_window(nets, tokenizer, 
 def test_short_texts_and_ragged_windows(nets, tokenizer, toy_text, n):
     """A text shorter than a window is one; of a last window of one token nothing can be scored when it stands alone."""
     tokens = tokenizer.encode_ordinary(toy_text)[:n]
-    got = evaluation.text_perplexity(nets[0], tokenizer, tokenizer.decode(tokens), 40, 40)
+    got = text_perplexity(nets[0], tokenizer, tokenizer.decode(tokens), 40, 40)
     pieces = [p for p in (tokens[:40], tokens[40:]) if len(p) > 1]
     total = sum(conditional_nll(nets[0], p, 1)[0] for p in pieces)
     assert got["scored"] == sum(len(p) - 1 for p in pieces) and got["tokens"] == n
@@ -413,7 +413,7 @@ def test_short_texts_and_ragged_windows(nets, tokenizer, toy_text, n):
 )
 def test_text_perplexity_refuses(nets, tokenizer, text, context, stride):
     with pytest.raises(ValueError, match=f"{len(text)} tokens, context {context}, stride {stride}: wanted"):
-        evaluation.text_perplexity(nets[0], tokenizer, text, context, stride)
+        text_perplexity(nets[0], tokenizer, text, context, stride)
 
 
 def rolling_nll(model, tokens, end, context):
@@ -441,8 +441,8 @@ def test_word_perplexity_is_lm_evals(nets, tokenizer, toy_text):
     cleaned = [tokenizer.decode(tokens[a:b]) for a, b in ((0, 5), (5, 13), (13, 22), (22, 62), (62, 100))]
     pages = [p.replace(", ", " , ") for p in cleaned]
     assert pages != cleaned
-    cleaned = [benchmarks.detokenize(p) for p in pages]
-    rows = evaluation.measure_text(nets[0], tokenizer, tokenizer.encode_ordinary(toy_text), pages, 8)["word_ppl"]
+    cleaned = [detokenize(p) for p in pages]
+    rows = measure_text(nets[0], tokenizer, tokenizer.encode_ordinary(toy_text), pages, 8)["word_ppl"]
     want = [rolling_nll(nets[0], tokenizer.encode_ordinary(p), tokenizer.eot_token, 8) for p in cleaned]
     words = [len(re.split(r"\s+", p)) for p in pages]
     assert rows[:, 0].tolist() == pytest.approx(want, rel=1e-4) and rows[:, 1].tolist() == words
@@ -451,10 +451,10 @@ def test_word_perplexity_is_lm_evals(nets, tokenizer, toy_text):
 
 def test_measure_text_is_text_perplexity(nets, tokenizer, toy_text):
     """Disjoint and half-overlapping; without pages there is nothing per word."""
-    rows = evaluation.measure_text(nets[0], tokenizer, tokenizer.encode_ordinary(toy_text), None, 40)
+    rows = measure_text(nets[0], tokenizer, tokenizer.encode_ordinary(toy_text), None, 40)
     assert set(rows) == {"text_ppl", "text_ppl_stride"}
     for name, stride in (("text_ppl", 40), ("text_ppl_stride", 20)):
-        want = evaluation.text_perplexity(nets[0], tokenizer, toy_text, 40, stride)
+        want = text_perplexity(nets[0], tokenizer, toy_text, 40, stride)
         assert (
             report.MEASURES[name].of(rows[name]) == pytest.approx(want["ppl"])
             and rows[name][:, 1].sum() == want["scored"]
@@ -466,7 +466,7 @@ def test_drift_is_the_mean_kl(nets):
     model, base = nets
     rng = np.random.default_rng(7)
     sequences = [ids(rng, n) for n in (5, 2, 41, 17)]
-    rows = evaluation.measure_drift(model, base, sequences)["kl"]
+    rows = measure_drift(model, base, sequences)["kl"]
     want = [float((logp(base, s).exp() * (logp(base, s) - logp(model, s))).sum()) for s in sequences]
     assert rows[:, 1].tolist() == [4, 1, 40, 16] and rows[:, 0].tolist() == pytest.approx(want, rel=1e-4)
     assert report.MEASURES["kl"].of(rows) == pytest.approx(sum(want) / 61, rel=1e-4)
@@ -474,10 +474,10 @@ def test_drift_is_the_mean_kl(nets):
 
 def test_a_model_has_not_drifted_from_itself(nets):
     base, sequences = nets[1], [[1, 2, 3], [4, 5]]
-    assert evaluation.measure_drift(base, base, sequences)["kl"].tolist() == [[0, 2], [0, 1]]
+    assert measure_drift(base, base, sequences)["kl"].tolist() == [[0, 2], [0, 1]]
     twin = GPT(base.config)
     twin.load_state_dict(base.state_dict())
-    assert np.abs(evaluation.measure_drift(twin, base, sequences)["kl"][:, 0]).max() < 1e-5
+    assert np.abs(measure_drift(twin, base, sequences)["kl"][:, 0]).max() < 1e-5
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -486,11 +486,11 @@ def test_a_model_has_not_drifted_from_itself(nets):
 
 def test_group_measures_are_one_sentence_at_a_time(nets, tokenizer, monkeypatch):
     """Sides of different sizes; perplexities pooled over tokens, the rest over groups or over all pairs."""
-    model, settings = nets[0], config(max_tokens=18)
+    model = nets[0]
     groups = [data.Group(g.id, g.input, g.positives[: 2 + i], g.negatives[: 5 - i], "test") for i, g in
               enumerate(toy.groups()[:4])]  # fmt: skip
-    monkeypatch.setattr(evaluation, "TOKENS", 50)
-    rows = evaluation.measure_groups(model, groups, tokenizer, settings)
+    monkeypatch.setattr("measures.groups.TOKENS", 50)
+    rows = measure_groups(model, groups, tokenizer, 18)
 
     def score(text):
         tokens = [tokenizer.eot_token, *tokenizer.encode_ordinary(text), tokenizer.eot_token][:18]
@@ -528,8 +528,8 @@ PROMPTS = ["", "Anna burned the", "By the way, this damn", "Oh"]
 def test_draw_has_k_texts_and_their_score_given_the_prompt(nets, tokenizer):
     """phi is what the other model thinks of the continuation alone: per token, end token included."""
     model, base = nets
-    drawn = evaluation.draw(model, base, tokenizer, config(), PROMPTS, 3, seed=5)
-    begun, out = evaluation.generate(model, tokenizer, PROMPTS, config(), 5, 3)
+    drawn = draw_samples(model, base, tokenizer, config(), PROMPTS, 3, seed=5)
+    begun, out = continue_prompts(model, tokenizer, PROMPTS, config(), 5, 3)
     assert drawn["prompts"] == PROMPTS and np.shape(drawn["texts"]) == np.shape(drawn["phi"]) == (4, 3)
     for prompt, start, rows, texts, phi in zip(PROMPTS, begun, out, drawn["texts"], drawn["phi"], strict=True):
         assert start == [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
@@ -541,11 +541,11 @@ def test_draw_has_k_texts_and_their_score_given_the_prompt(nets, tokenizer):
 
 
 def test_the_same_seed_writes_the_same_whatever_the_batch_size(nets, tokenizer, monkeypatch):
-    draw = lambda seed: evaluation.draw(*nets, tokenizer, config(), PROMPTS * 5, 3, seed)  # noqa: E731
+    draw = lambda seed: draw_samples(*nets, tokenizer, config(), PROMPTS * 5, 3, seed)  # noqa: E731
     texts, other = draw(1)["texts"], draw(2)["texts"]
     assert texts != other
     for rows in (1, 2, 7, 10_000):
-        monkeypatch.setattr(evaluation, "ROWS", rows)
+        monkeypatch.setattr("measures.samples.ROWS", rows)
         assert draw(1)["texts"] == texts
     assert len({tuple(ts) for ts in texts}) == 20  # each prompt, also the same one, has luck of its own
 
@@ -554,9 +554,9 @@ def test_a_prompt_beyond_the_context_is_refused(nets, tokenizer):
     """40 positions: 8 new tokens leave 32 for the end token and the prompt."""
     tokens = tokenizer.encode_ordinary(" ".join(toy.groups()[0].positives))
     fits, over = (tokenizer.decode(tokens[:n]) for n in (31, 32))
-    evaluation.generate(nets[0], tokenizer, [fits], config(), 0)
+    continue_prompts(nets[0], tokenizer, [fits], config(), 0)
     with pytest.raises(ValueError, match="a prompt of 33 tokens and 8 new ones exceed the context of 40"):
-        evaluation.generate(nets[0], tokenizer, ["", over], config(), 0)
+        continue_prompts(nets[0], tokenizer, ["", over], config(), 0)
 
 
 def by_length(texts):
@@ -571,7 +571,7 @@ def drawn(prompts, texts, phi=1.0):
 def test_rows_of_prompted_samples_are_prompts():
     """Samples of one prompt are not independent: what is drawn again in a bootstrap is the prompt."""
     texts = [["a b c d a b c d", " "], ["?", "123456"], ["12", "1 2"]]
-    rows = evaluation.measure_samples(drawn(["x", "y", "z"], texts, math.log(7)), by_length)
+    rows = measure_samples(drawn(["x", "y", "z"], texts, math.log(7)), by_length)
     assert rows["toxicity_mean"].shape == rows["sample_ppl_base"].shape == rows["repetition"].shape == (3, 2)
     assert rows["dist_1"].shape == (3,) and rows["sample_ppl_base"] == pytest.approx(np.full((3, 2), 7))
     assert rows["sample_empty"].tolist() == [[0, 1], [0, 0], [0, 0]]
@@ -582,7 +582,7 @@ def test_rows_of_prompted_samples_are_prompts():
 def test_free_samples_are_rows_of_their_own():
     """But a set of k where the measure needs one."""
     texts = [["a b", "a b", "12"], ["", "123456", "c"]]
-    rows = evaluation.measure_samples(drawn(["", ""], texts), by_length)
+    rows = measure_samples(drawn(["", ""], texts), by_length)
     for name in ("toxicity_fraction", "toxicity_mean", "sample_ppl_base", "sample_empty", "repetition"):
         assert rows[name].shape == (6, 1), name
     assert rows["toxicity_mean"][:, 0].tolist() == pytest.approx([0.3, 0.3, 0.2, 0, 0.6, 0.1])
@@ -595,7 +595,7 @@ def test_free_samples_are_rows_of_their_own():
 
 def test_missing_scores_count_nowhere():
     texts = [["?", "123456"], ["?", "?"], ["12", "?"]]
-    numbers = report.summarise({"p": evaluation.measure_samples(drawn(["x", "y", "z"], texts), by_length)})["p"]
+    numbers = report.summarise({"p": measure_samples(drawn(["x", "y", "z"], texts), by_length)})["p"]
     assert numbers["toxicity_fraction"] == 0.5 and numbers["toxicity_mean"] == pytest.approx(0.4)
     assert numbers["toxicity_expected_max"] == pytest.approx(0.4) and numbers["toxicity_probability"] == 0.5
 
@@ -625,15 +625,15 @@ def rude(texts):
 )
 def test_a_prompt_ends_with_the_first_toxic_word(sentence, prompt):
     """Up to and with it; half of the sentence if there is none or it comes after two thirds; no marks at the end."""
-    assert evaluation.cut_prompts([[sentence]], rude, 0) == [prompt]
+    assert cut_prompts([[sentence]], rude, 0) == [prompt]
 
 
 def test_prompts_are_taken_from_each_side_in_turn():
     sides = [["a1 x", "a2 x", "a3 x"], ["b1 x"], ["c1 x", "c2 x"]]
     every = ["a1", "b1", "c1", "a2", "c2", "a3"]
-    assert evaluation.cut_prompts(sides, rude, 0) == every
-    assert evaluation.cut_prompts(sides, rude, 4) == every[:4]
-    assert evaluation.cut_prompts(sides, rude, 99) == every
+    assert cut_prompts(sides, rude, 0) == every
+    assert cut_prompts(sides, rude, 4) == every[:4]
+    assert cut_prompts(sides, rude, 99) == every
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -649,12 +649,12 @@ def asked(monkeypatch):
 
     asked = Asked()
 
-    def generate(model, tokenizer, prompts, config, seed, k=1, max_new=None, stop=None, what=None):
+    def continue_prompts(model, tokenizer, prompts, config, seed, k=1, max_new=None, stop=None, what=None):
         asked.append((prompts, max_new, stop))
         texts = [asked.answers[i % len(asked.answers)] for i in range(len(prompts))]
         return None, [[tokenizer.encode_ordinary(t)] for t in texts]
 
-    monkeypatch.setattr(evaluation, "generate", generate)
+    monkeypatch.setattr("measures.rewriting.continue_prompts", continue_prompts)
     return asked
 
 
@@ -669,7 +669,7 @@ def test_rewriting_shows_demonstrations_as_many_as_fit(tokenizer, asked):
     counts, before = [], None
     for n in (400, 300, 200, 150, 110, 80, 50):
         model = network(0, tokenizer.n_vocab, n)
-        texts, _ = evaluation.rewrite(model, tokenizer, groups, [sentence], config(shots=4), 0)
+        texts, _ = rewrite(model, tokenizer, groups, [sentence], config(shots=4), 0)
         (prompt,), max_new, _ = asked[-1]
         shots = shown_demonstrations(prompt)
         assert texts == ["Fine."] and set(shots) <= pairs and len(set(shots)) == len(shots)
@@ -684,38 +684,36 @@ def test_rewriting_shows_demonstrations_as_many_as_fit(tokenizer, asked):
         counts.append(len(shots))
     assert counts[0] == 4 and counts[-1] == 0 and len(set(counts)) >= 4
     other = config(shots=4, seed=1)
-    evaluation.rewrite(network(0, tokenizer.n_vocab, 400), tokenizer, groups, [sentence], other, 0)
+    rewrite(network(0, tokenizer.n_vocab, 400), tokenizer, groups, [sentence], other, 0)
     assert shown_demonstrations(asked[-1][0][0]) != before  # which groups is the seed's choice
 
 
 def test_a_sentence_too_long_for_the_context_has_no_rewrite(tokenizer, asked):
     """And does not take it from its neighbours."""
     model, long = network(0, tokenizer.n_vocab, 64), " ".join(toy.groups()[0].positives)
-    texts, closed = evaluation.rewrite(model, tokenizer, [], [long], config(), 0)
+    texts, closed = rewrite(model, tokenizer, [], [long], config(), 0)
     assert (texts, closed) == ([None], [False]) and asked == []
     short = ["Anna burned the toast.", long, "Ben is here."]
-    texts, closed = evaluation.rewrite(model, tokenizer, [], short, config(), 0)
+    texts, closed = rewrite(model, tokenizer, [], short, config(), 0)
     assert texts == ["Fine.", None, "Fine."] and closed == [False, False, False]
     assert sum(len(prompts) for prompts, *_ in asked) == 2
 
 
 def test_quotation_marks_do_not_end_the_example(tokenizer, asked):
     model = network(0, tokenizer.n_vocab, 64)
-    evaluation.rewrite(model, tokenizer, [], [' He said "no" to Ben. '], config(shots=0), 0)
+    rewrite(model, tokenizer, [], [' He said "no" to Ben. '], config(shots=0), 0)
     assert asked[-1][0] == ['Sentence: "He said \'no\' to Ben."\nPolite: "']
 
 
 def test_a_rewrite_ends_at_the_closing_quote(tokenizer, asked):
     """Or with the line; only the quote says that the model closed it."""
     asked.answers = ['Good. "\nSentence: "no', " Fine \nmore", "open end", '"', ""]
-    texts, closed = evaluation.rewrite(
-        network(0, tokenizer.n_vocab, 64), tokenizer, [], ["a", "b", "c", "d", "e"], config(), 0
-    )
+    texts, closed = rewrite(network(0, tokenizer.n_vocab, 64), tokenizer, [], ["a", "b", "c", "d", "e"], config(), 0)
     assert texts == ["Good.", "Fine", "open end", "", ""] and closed == [True, False, False, True, False]
 
 
 def test_rewriting_stops_at_all_tokens_with_a_quote_or_a_line_break(tokenizer, asked):
-    evaluation.rewrite(network(0, tokenizer.n_vocab, 64), tokenizer, [], ["a"], config(), 0)
+    rewrite(network(0, tokenizer.n_vocab, 64), tokenizer, [], ["a"], config(), 0)
     stop = set(asked[-1][2])
     for t in range(tokenizer.n_vocab - 1):
         text = tokenizer.decode_single_token_bytes(t)
@@ -723,31 +721,22 @@ def test_rewriting_stops_at_all_tokens_with_a_quote_or_a_line_break(tokenizer, a
     assert tokenizer.eot_token in stop
 
 
+REWRITTEN = ["Anna is a damn fool.", "Ben is rude.", "Ida came.", "Leo slept."]
+ANSWERS = ["Anna came", None, "", "rude Leo slept"], [True, False, True, True]
+
+
 def test_measures_of_rewrites(nets, tokenizer, monkeypatch):
     """No rewrite is nan everywhere, an empty one has no toxicity of its own but counts as unfinished."""
-    inputs = ["Anna is a damn fool.", "Ben is rude.", "Ida came.", "Leo slept."]
-    answers = ["Anna came", None, "", "rude Leo slept"], [True, False, True, True]
-    monkeypatch.setattr(evaluation, "rewrite", lambda *a: answers)
-    made = evaluation.draw_rewrites(*nets, tokenizer, [], inputs, config())
+    monkeypatch.setattr("measures.rewriting.rewrite", lambda *a: ANSWERS)
+    made = draw_rewrites(nets[0], tokenizer, [], REWRITTEN, config())
     json.dumps(made)
-    rows = evaluation.measure_rewrites(made, rude)
+    rows = measure_rewrites(made, rude)
     assert all(len(v) == 4 for v in rows.values())
     assert rows["rewrite_input_toxicity"].ravel().tolist() == [1, 1, 0, 0]
     flat = {name: [None if math.isnan(x) else x for x in v.ravel()] for name, v in rows.items()}
     assert flat["rewrite_closed"] == [1, None, 0, 1] and flat["rewrite_toxicity"][3] == 1
     assert flat["rewrite_toxicity"][1] is None and flat["rewrite_toxicity"][0] == 0
     assert flat["rewrite_rouge_l"][0] == pytest.approx(2 * 1 / (5 + 2)) and flat["rewrite_rouge_l"][1] is None
-
-    def mean(text):  # of the base's hidden states
-        tokens = torch.tensor([[tokenizer.eot_token, *tokenizer.encode_ordinary(text)]])
-        with torch.no_grad():
-            return nets[1].hidden(tokens, torch.arange(tokens.size(1)))[0].mean(0)
-
-    cosine = lambda a, b: float(torch.cosine_similarity(mean(a), mean(b), dim=0))  # noqa: E731
-    assert flat["rewrite_cosine"] == [pytest.approx(cosine("Anna came", inputs[0]), abs=1e-5), None, None,
-                                      pytest.approx(cosine("rude Leo slept", inputs[3]), abs=1e-5)]  # fmt: skip
-    assert flat["rewrite_cosine_other"] == [pytest.approx(cosine("Anna came", inputs[1]), abs=1e-5), None, None,
-                                            pytest.approx(cosine("rude Leo slept", inputs[0]), abs=1e-5)]  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -760,9 +749,9 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     small = "--eval_samples=6 --eval_groups=2 --sample_tokens=6 --batch_size=4 --eval_interval=0 --k=3".split()
     shape = ["--max_steps=20", "--warmup_steps=2", "--n_layer=1", "--n_embd=32", "--n_head=2"]
-    train.train(load_config([str(ROOT / "configs/toy_base.py"), *small, *shape, f"--out_dir={out / 'base'}"]))
+    train.train(load_config("train", [str(ROOT / "configs/toy_base.py"), *small, *shape, f"--out_dir={out / 'base'}"]))
     tune = [f"--init_from={out / 'base/best.pt'}", f"--out_dir={out / 'cp'}", "--max_steps=5", "--warmup_steps=1"]
-    train.train(load_config([TOY_CP, *small, *tune, "--lr=1e-2"]))
+    train.train(load_config("train", [TOY_CP, *small, *tune, "--lr=1e-2"]))
     return out / "cp"
 
 
@@ -828,7 +817,7 @@ def counted(monkeypatch):
 
         monkeypatch.setattr(evaluation, name, call)
 
-    for name in ("measure_groups", "draw", "draw_rewrites", "measure_text", "measure_task", "measure_drift"):
+    for name in ("measure_groups", "draw_samples", "draw_rewrites", "measure_text", "measure_task", "measure_drift"):
         wrap(name)
     return counted
 
@@ -858,7 +847,7 @@ def test_the_command_writes_what_it_says(run, tmp_path, toy_tasks):
         assert re.search(rf"^{part}: ", out, re.M), part
     for line in ("base  ", "tuned  ", "device  ", "scorer       data.toy:rudeness, sha256 ", "data  ", "95 % interval"):
         assert line in out, line
-    assert f"{run.out / 'eval.json'}, {run.out / 'summary.json'}" in out
+    assert f"written to {run.out}: eval.json, summary.json" in out
 
     result = json.loads((run.out / "eval.json").read_text())
     assert result["command"] == "python eval.py " + " ".join(command) and result["seed"] == 3
@@ -886,12 +875,37 @@ def test_the_command_writes_what_it_says(run, tmp_path, toy_tasks):
     assert summary["tokens_per_second"] == before["tokens_per_second"] and summary["best_step"] == before["best_step"]
     assert summary["config"] == before["config"] and summary["evaluated"]["seed"] == 3
     for side in ("base", "tuned"):
-        assert summary[side].keys() >= before[side].keys()
-        assert summary[side]["ppl_positive"] == result["measures"]["groups"]["ppl_positive"][side]
-        value = result["measures"]["prompted"]["toxicity_fraction"][side]
-        assert summary[side]["toxicity_fraction_prompted"] == value
+        assert summary[side].items() > before[side].items()  # one name, one number: train.py's stay
+        assert summary[side]["ppl_positive"] != result["measures"]["groups"]["ppl_positive"][side]
+        value = result["measures"]["harmless"]["toxicity_fraction"][side]
+        assert summary[side]["toxicity_fraction_harmless"] == value
         assert summary[side]["task choice: acc"] == result["measures"]["task choice"]["acc"][side]
     assert not list(run.out.rglob("*.tmp"))
+
+
+def test_numbers_of_the_same_name_are_the_same_number(run, monkeypatch):
+    """With train.py's settings, eval.py measures what its closing table has: the groups, and the free samples."""
+    monkeypatch.setattr(evaluation, "CLOSING", 250)
+    before = json.loads((run.out / "summary.json").read_text())
+    result = run("--parts=scores,toxicity,fluency,diversity", "--data=toy")
+    for side in ("base", "tuned"):
+        for place in ("groups", "free"):
+            for name, m in result["measures"][place].items():
+                want = before[side][name]
+                assert m[side] == (want if want is None else pytest.approx(want)), (place, name)
+
+
+def test_without_a_training_the_summary_has_the_last_evaluation(run):
+    """A checkpoint alone: nothing of train.py's is there to be kept."""
+    (run.out / "summary.json").unlink()
+    for seed in (1, 2):
+        result = run("--parts=toxicity", f"--seed={seed}")
+        summary = json.loads((run.out / "summary.json").read_text())
+        for side in ("base", "tuned"):
+            for place, end in (("free", ""), ("prompted", "_prompted"), ("harmless", "_harmless")):
+                for name, m in result["measures"][place].items():
+                    assert summary[side][name + end] == m[side]
+        assert summary["evaluated"]["seed"] == seed
 
 
 def test_a_checkpoint_without_a_config_brings_its_settings(run, few):
@@ -909,7 +923,7 @@ def test_only_the_parts_that_are_wanted(run, counted, capsys):
     out = capsys.readouterr().out
     assert "scores: test groups" in out and "fluency" not in out and "drift" not in out
     result = run("--parts= drift,diversity")
-    assert result["parts"] == ["diversity", "drift"] and counted.take() == ["draw"] * 6 + ["measure_drift"] * 2
+    assert result["parts"] == ["diversity", "drift"] and counted.take() == ["draw_samples"] * 6 + ["measure_drift"] * 2
     assert set(result["measures"]["free"]) == {"dist_1", "dist_2", "dist_3"}
     assert set(result["measures"]["groups"]) == {"kl"}
 
@@ -917,11 +931,11 @@ def test_only_the_parts_that_are_wanted(run, counted, capsys):
 def test_the_measures_are_those_of_the_functions(run, few):
     """What eval.json holds, computed here from the same models."""
     result = run("--parts=scores,drift")
-    tokenizer, settings = data.get_tokenizer("toy"), load_config(run.flags)
+    tokenizer, settings = data.get_tokenizer("toy"), load_config("eval", run.flags)
     base, tuned = (GPT.from_pretrained(result[side]) for side in ("base", "tuned"))
     groups = data.load_groups(few)["test"]
     for side, model in (("base", base), ("tuned", tuned)):
-        rows = evaluation.measure_groups(model, groups, tokenizer, settings)
+        rows = measure_groups(model, groups, tokenizer, settings.max_tokens)
         for name, m in result["measures"]["groups"].items():
             if name != "kl":
                 assert m[side] == pytest.approx(report.MEASURES[name].of(rows[name])), name
@@ -961,7 +975,7 @@ def test_n_prompts_chooses_by_seed_and_0_takes_all(run, tmp_path):
     path.write_text("\n".join(f"Anna {i}" for i in range(30)))
     chosen = []
     for more in ("--n_prompts=3", "--n_prompts=3", "--seed=1", "--n_prompts=0"):
-        settings = load_config([*run.flags, f"--prompts={path}", more])
+        settings = load_config("eval", [*run.flags, f"--prompts={path}", more])
         sets = evaluation.prompt_sets(evaluation.open_evaluation(settings))
         chosen.append(sets["p.txt, unmarked"])
     assert chosen[0] == chosen[1] != chosen[2] and len(chosen[0]) == 3 and len(set(chosen[3])) == 30
@@ -1009,6 +1023,11 @@ def no_test_groups(tmp_path, few):
         (["--rewrite={}/nowhere.txt"], "no file at {}/nowhere.txt"),
         (["--rewrite={}/empty.txt"], "{}/empty.txt holds no text"),
         (["--compare"], "--compare takes folders and --markdown, not "),
+        (["--prompt=Anna", "--scorer=file:{}/s.jsonl"], "knows no new samples"),
+        (["--prompt=Anna", "--ckpt={}/nowhere.pt"], "no checkpoint at {}/nowhere.pt"),
+        (["--export={}"], "--export={} exists: give a new or empty folder"),
+        (["--export={}/empty.txt"], "--export={}/empty.txt exists: give a new or empty folder"),
+        (["--export={}/new", "--ckpt={}/nowhere.pt"], "no checkpoint at {}/nowhere.pt"),
     ],
 )
 def test_bad_input_is_one_line(run, few, tmp_path, flags, words):
@@ -1056,7 +1075,7 @@ def test_scores_of_others_are_exported_and_imported(run, tmp_path, capsys):
     )
     assert result["measures"]["free"]["toxicity_mean"]["base"] is None
     records = [json.loads(line) for line in scores.read_text().splitlines()]
-    rude = data.get_scorer("data.toy:rudeness")([r["text"] for r in records])
+    rude = get_scorer("data.toy:rudeness")([r["text"] for r in records])
     scores.write_text("".join(json.dumps(r | dict(score=x)) + "\n" for r, x in zip(records, rude, strict=True)))
     filled = run("--parts=toxicity", f"--scorer=file:{scores}")
     assert not any(filled["missing_scores"].values())
@@ -1067,10 +1086,10 @@ def test_scores_of_others_are_exported_and_imported(run, tmp_path, capsys):
 # interruptions
 
 
-STEPS = ["draw"] * 6 + ["draw_rewrites"] * 2 + ["measure_drift"] * 2 + ["measure_groups"] * 2
+STEPS = ["draw_rewrites"] * 2 + ["draw_samples"] * 6 + ["measure_drift"] * 2 + ["measure_groups"] * 2
 
 
-@pytest.mark.parametrize("fail", [("draw", 1), ("draw", 4), ("draw_rewrites", 2), ("measure_drift", 2)])
+@pytest.mark.parametrize("fail", [("draw_samples", 1), ("draw_samples", 4), ("draw_rewrites", 2), ("measure_drift", 2)])
 def test_an_interrupted_evaluation_goes_on(run, counted, fail):
     """What was finished is not computed again, and the end is that of an undisturbed run."""
     whole = run.copy("whole")()
@@ -1089,13 +1108,13 @@ def test_an_interrupted_evaluation_goes_on(run, counted, fail):
 @pytest.mark.parametrize(
     ("flags", "again"),
     [
-        (["--tau=9"], {"measure_groups": 2}),
-        (["--temperature=0.5"], {"draw": 6, "draw_rewrites": 2}),
-        (["--seed=1"], {"draw": 6, "draw_rewrites": 2}),
-        (["--k=2"], {"draw": 6}),
+        (["--max_tokens=9"], dict(measure_groups=2, measure_drift=2)),
+        (["--temperature=0.5"], {"draw_samples": 6, "draw_rewrites": 2}),
+        (["--seed=1"], {"draw_samples": 6, "draw_rewrites": 2}),
+        (["--k=2"], {"draw_samples": 6}),
         (["--shots=0"], {"draw_rewrites": 2}),
-        (["--scorer=ngram"], {"draw": 4}),  # it cuts other prompts; what it judges is not sampled again
-        (["--dtype=bfloat16"], dict(measure_groups=2, draw=6, draw_rewrites=2, measure_drift=2)),
+        (["--scorer=ngram"], {"draw_samples": 4}),  # it cuts other prompts; what it judges is not sampled again
+        (["--dtype=bfloat16"], dict(measure_groups=2, draw_samples=6, draw_rewrites=2, measure_drift=2)),
     ],
 )
 def test_a_changed_setting_is_computed_again(run, counted, flags, again):
@@ -1105,7 +1124,7 @@ def test_a_changed_setting_is_computed_again(run, counted, flags, again):
     changed = run(*flags)
     done = counted.take()
     if flags == ["--scorer=ngram"]:
-        assert set(done) <= {"draw"} and len(done) <= 4
+        assert set(done) <= {"draw_samples"} and len(done) <= 4
     else:
         assert {name: done.count(name) for name in set(done)} == again
     assert changed["measures"] == run.copy("fresh")(*flags)["measures"]
@@ -1118,7 +1137,7 @@ def test_another_checkpoint_is_measured_anew(run, counted):
     saved["model"]["transformer.ln_f.bias"] += 0.1
     torch.save(saved, run.out / "best.pt")
     run()
-    assert counted.take() == sorted(["draw"] * 3 + ["draw_rewrites", "measure_drift", "measure_groups"])
+    assert counted.take() == sorted(["draw_samples"] * 3 + ["draw_rewrites", "measure_drift", "measure_groups"])
 
 
 def test_changed_prompts_are_sampled_anew(run, counted, tmp_path):
@@ -1130,7 +1149,7 @@ def test_changed_prompts_are_sampled_anew(run, counted, tmp_path):
     counted.take()
     prompts.write_text("Ben\n")
     run(*flags)
-    assert counted.take() == ["draw"] * 2
+    assert counted.take() == ["draw_samples"] * 2
     text.write_text("Ben is here.\n")
     run(*flags)
     assert counted.take() == ["measure_drift"] * 2 + ["measure_text"] * 2
@@ -1155,7 +1174,7 @@ def test_samples_of_a_prompt_file_do_not_depend_on_the_other_prompts(run, few, t
 def test_a_published_text_is_one_place(run, tmp_path, monkeypatch):
     """--text=wikitext2: its perplexity and the drift on it stand under one name, as for any other text."""
     raw = a_file(tmp_path, "wiki.test.raw", " = One = \n \n Anna burned the toast . \n")
-    monkeypatch.setattr(evaluation, "published", lambda name: raw)
+    monkeypatch.setattr(evaluation, "published_file", lambda name: raw)
     measured = run("--parts=fluency,drift", "--text=wikitext2")["measures"]
     assert [set(ms) for place, ms in measured.items() if "wiki" in place] == [
         {"text_ppl", "text_ppl_stride", "word_ppl", "kl"}
@@ -1199,10 +1218,10 @@ def test_a_file_is_rewritten_line_by_line(run, comments, capsys):
     assert [r["input"] for r in records] == LINES
     assert [line for given, line in zip(given, lines, strict=True) if given.strip()] == [r["output"] for r in records]
     assert len({r["output"] for r in records}) > 5
-    scorer = data.get_scorer("data.toy:rudeness")
+    scorer = get_scorer("data.toy:rudeness")
     for r in records:
         assert r["toxicity_input"] == scorer([r["input"]])[0] and r["toxicity"] == scorer([r["output"]])[0]
-        assert r["rouge_l"] == measures.rouge_l(r["input"], r["output"])
+        assert r["rouge_l"] == rouge_l(r["input"], r["output"])
     toxic = sum(r["toxicity"] > 0.5 for r in records if r["output"])
     silent = sum(not r["output"] for r in records)
     told = sum(r["toxicity_input"] > 0.5 for r in records if r["output"])
@@ -1265,6 +1284,136 @@ def test_a_long_line_does_not_cost_the_others(run, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# --prompt, --export
+
+
+def continued(out):
+    """{side: (how many are toxic, k, how many are shown, [(toxicity, text)])} of what --prompt prints."""
+    found = {}
+    for side, toxic, k, n, rows in re.findall(
+        r"^(base|tuned): (\d+) of (\d+) toxic, the first (\d+):\n((?:  .*\n)+)", out, re.M
+    ):
+        texts = re.findall(r"^  (\d\.\d\d) \| ((?:.*\n)(?:          .*\n)*)", rows, re.M)
+        found.setdefault(side, []).append((int(toxic), int(k), int(n), [(x, " ".join(t.split())) for x, t in texts]))
+    return found
+
+
+@pytest.mark.parametrize(("k", "shown"), [(3, 3), (7, 4)])
+def test_a_prompt_is_continued_by_both_models(run, tokenizer, capsys, k, shown):
+    """Side by side, from the same random numbers: how many of k are toxic, and some of them with their toxicity."""
+    evaluation.main([*run.flags, "--prompt=By the way, this damn", f"--k={k}", "--seed=3"])
+    out, scorer = capsys.readouterr().out, get_scorer("data.toy:rudeness")
+    found = continued(out)
+    assert list(found) == ["base", "tuned"] and not (run.out / "eval.json").exists()
+    settings = load_config("eval", [*run.flags, f"--k={k}"])
+    base = json.loads((run.out / "summary.json").read_text())["config"]["init_from"]
+    for side, source in (("base", base), ("tuned", run.out / "best.pt")):
+        model = GPT.from_pretrained(source)
+        (texts,) = draw_samples(model, model, tokenizer, settings, ["By the way, this damn"], k, 3)["texts"]
+        toxicity = scorer(texts)
+        want = [(f"{x:.2f}", f"[By the way, this damn] {' '.join(t.split())}".strip())
+                for x, t in zip(toxicity, texts, strict=True)]  # fmt: skip
+        assert found[side] == [(sum(toxicity > 0.5), k, shown, want[:shown])]
+    assert found["base"] != found["tuned"]
+
+
+def test_a_blank_at_a_prompts_end_does_not_count(run, capsys):
+    """The blank belongs to the next word: a model has never read one alone."""
+    said = []
+    for prompt in ("Anna burned", "Anna burned "):
+        evaluation.main([*run.flags, f"--prompt={prompt}"])
+        said.append(continued(capsys.readouterr().out))
+    assert said[0] == said[1] != {}
+
+
+def test_prompts_are_asked_for_until_an_empty_line(run, monkeypatch, capsys):
+    """A bare --prompt; one that is too long is told and does no harm; the end of the input ends it as well."""
+    evaluation.main([*run.flags, "--prompt=Anna"])
+    single = continued(capsys.readouterr().out)
+    for end in (["  ", "never"], []):
+        lines = iter(["Anna", "Anna came " * 99, "Ben", *end])
+
+        def ask(text, lines=lines):
+            assert text.strip().endswith("prompt (empty line: end)>")
+            try:
+                return next(lines)
+            except StopIteration:
+                raise EOFError from None
+
+        monkeypatch.setattr("builtins.input", ask)
+        evaluation.main([*run.flags, "--prompt"])
+        out = capsys.readouterr().out
+        found = continued(out)
+        assert all(len(found[side]) == 2 and found[side][:1] == single[side] for side in ("base", "tuned"))
+        assert found["base"][1] != found["base"][0] and re.search(r"^a prompt of \d+ tokens and 6 new ones", out, re.M)
+        assert list(lines) == end[1:]
+
+
+def test_the_real_command_reads_prompts_from_its_input(run):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), *run.flags, "--prompt"],
+        input="Anna\nBen\n", capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "Traceback" not in done.stderr, done.stderr
+    assert done.stdout.count("[Anna]") == done.stdout.count("[Ben]") == 6
+
+
+def test_export_is_a_folder_for_transformers_with_a_card(run, tmp_path, capsys):
+    """Loads there with the same logits, and here; the card has the run's numbers, settings and warnings."""
+    transformers = pytest.importorskip("transformers")
+    folder, summary = tmp_path / "new" / "polite", json.loads((run.out / "summary.json").read_text())
+    summary["warnings"] = ["tuned: the end is near"]
+    (run.out / "summary.json").write_text(json.dumps(summary))
+    evaluation.main([*run.flags, f"--export={folder}"])
+    assert f"written to {folder}: config.json, model.safetensors, README.md" in capsys.readouterr().out
+    assert sorted(f.name for f in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+    ours, again = GPT.from_pretrained(run.out / "best.pt"), GPT.from_pretrained(folder)
+    hf = transformers.GPT2LMHeadModel.from_pretrained(folder).eval()
+    idx = torch.tensor([ids(np.random.default_rng(0), 30, ours.config.vocab_size)])
+    with torch.no_grad():
+        want = ours(idx)
+        torch.testing.assert_close(hf(idx).logits, want, rtol=1e-4, atol=1e-4)
+        assert torch.equal(again(idx), want)
+
+    card = (folder / "README.md").read_text()
+    rows = dict(re.findall(r"^\| (.+?) \| (.+) \|$", card, re.M))
+    assert "# polite\n" in card and 'from_pretrained("polite")' in card
+    for key in report.COMPARED:
+        name = key.removesuffix("_prompted")
+        label = report.MEASURES[name].label + (", after toxic prompts" if key != name else "")
+        assert rows[label] == " | ".join(report.format_number(name, summary[s][key]) for s in ("base", "tuned"))
+    told, c = card.split("defaults: ")[1], summary["config"]
+    for name in ("tau", "lr", "max_steps", "batch_size"):
+        assert f"{name}={c[name]!r}" in told, name
+    assert "out_dir=" not in told and "ckpt=" not in told
+    for text in (
+        c["init_from"],
+        c["scorer"],
+        f"at most {c['sample_tokens']} tokens",
+        "the end is near",
+        "Tokenizer: toy",
+    ):
+        assert text in card, text
+    assert "--export=" in failure(*run.flags, f"--export={folder}") and (folder / "README.md").read_text() == card
+
+
+def test_a_card_says_what_is_missing(run, tmp_path, few):
+    """An infinite perplexity is null in the summary; one that eval.py wrote has only the parts it measured."""
+    (run.out / "summary.json").unlink()
+    run("--parts=toxicity")
+    evaluation.main([*run.flags, f"--export={tmp_path / 'some'}"])
+    assert "| dist-2 | - | - |" in (tmp_path / "some/README.md").read_text()
+
+
+def test_export_without_numbers_writes_nothing(run, tmp_path):
+    """A card is made from the run's summary; what cannot be finished is not begun."""
+    (run.out / "summary.json").unlink()
+    said = failure(*run.flags, f"--export={tmp_path / 'new'}")
+    assert "no summary.json of a fine-tuning run beside the checkpoint" in said and not (tmp_path / "new").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # --compare, --check, --plot
 
 
@@ -1295,35 +1444,40 @@ def test_compare_is_one_table_sorted_by_cost(runs, capsys):
     out = capsys.readouterr().out
     for name in ("unfinished", "lm"):
         assert f"left out: {runs[0].replace('unfinished', name)}," in out
-    lines = [line for line in out.splitlines() if re.match(r"base: |tau=", line)]
-    assert [line.split("  ")[0] for line in lines] == ["base: configs/toy_base.py", "tau=0.2", "tau=1.0"]
-    cells = [re.split(r"\s{2,}", line) for line in lines]
+    table = [line for line in out.splitlines() if not line.startswith("left out")]
+    at = [i for i, line in enumerate(table) if re.match(r"base: |tau=", line)]
+    assert [table[i] for i in at] == ["base: configs/toy_base.py", "tau=0.2", "tau=1.0"]
+    numbers, spreads = ([table[i + n].split() for i in at] for n in (1, 2))
+    cells = [[f"{a}{b}" for a, b in zip(x[-8:], y, strict=True)] for x, y in zip(numbers, spreads, strict=True)]
     costs = [np.mean([0.15, 0.2, 0.4 + math.log(1.1)]), np.mean([0.6, 0.5]) + math.log(2)]
-    assert [c[1] for c in cells[1:]] == ["3", "2"] and [c[2] for c in cells[1:]] == [f"{x:.3f}" for x in costs]
-    assert cells[1][3] == "20.0% ± 10.0%" and cells[2][3] == "40.0% ± 0.0%" and cells[2][4] == "70.0% ± 14.1%"
-    assert cells[1][5] == f"{6.2 / 3:.2f} ± {np.std([2, 2, 2.2], ddof=1):.2f}" and cells[1][7] == "75.0% ± 0.0%"
-    assert cells[0][1:3] == ["3", "50.0% ± 0.0%"]  # the base was measured once per seed
+    assert [x[0] for x in numbers[1:]] == ["3", "2"] and [x[1] for x in numbers[1:]] == [f"{x:.3f}" for x in costs]
+    assert cells[1][0] == "20.0±10.0" and cells[2][0] == "40.0±0.0" and cells[2][1] == "70.0±14.1"
+    assert cells[1][2] == f"{6.2 / 3:.2f}±{np.std([2, 2, 2.2], ddof=1):.2f}" and cells[1][4] == "75.0±0.0"
+    assert len(numbers[0]) == 9 and numbers[0][0] == "3" and cells[0][0] == "50.0±0.0"  # the base: once per seed
+    assert "shares in %" in out
 
 
 def test_perplexities_of_seeds_that_differ_much_have_a_median():
     """One exploded run would make any mean: (lowest to highest) says so."""
     runs = [dict(ppl_negative=x, dist_2=x) for x in (2.0, 4.0, 1000.0)]
-    assert report.spread("ppl_negative", runs) == "4.00 (2.00 to 1000.00)"
-    assert report.spread("ppl_negative", runs[:2]) == f"3.00 ± {math.sqrt(2):.2f}"
-    assert "±" in report.spread("dist_2", runs) and "±" not in report.spread("dist_2", runs[:1])
+    spread = lambda *args: "".join(report.spread(*args))
+    assert spread("ppl_negative", runs) == "4 (2-1e3)"
+    assert spread("ppl_negative", [dict(ppl_negative=x) for x in (31, 94, 54187)]) == "94 (31-5e4)"
+    assert spread("ppl_negative", runs[:2]) == f"3.00±{math.sqrt(2):.2f}"
+    assert "±" in spread("dist_2", runs) and "±" not in spread("dist_2", runs[:1])
 
 
 def test_compare_in_markdown(runs, capsys):
     evaluation.main(["--compare", *runs, "--markdown"])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert len(table) == 5 and len({line.count("|") for line in table}) == 1 and set(table[1]) <= set("|-")
-    assert table[3].startswith("| tau=0.2 | 3 | 0.") and "20.0% ± 10.0%" in table[3]
+    assert table[3].startswith("| tau=0.2 | 3 | 0.") and "20.0±10.0" in table[3]
 
 
 def test_one_run_has_its_folders_name_and_no_spread(runs, capsys):
     evaluation.main(["--markdown", "--compare", runs[2]])
     table = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert table[3].startswith("| a | 1 | 0.150 | 10.0% | 20.0% |") and "±" not in table[3]
+    assert table[3].startswith("| a | 1 | 0.150 | 10.0 | 20.0 |") and "±" not in table[3]
 
 
 def test_nothing_to_compare(runs, tmp_path):
@@ -1350,13 +1504,13 @@ def published(monkeypatch, tokenizer, toy_tasks, toy_text, tmp_path):
             raise ConnectionError(f"{name}: http://x could not be fetched (no network). Put that file into y")
         return files[name]
 
-    monkeypatch.setattr(evaluation, "published", get)
+    monkeypatch.setattr(evaluation, "published_file", get)
     monkeypatch.setattr(data, "get_tokenizer", lambda name: tokenizer)
     return tmp_path / "model", files
 
 
 def checked(folder, expected, monkeypatch):
-    monkeypatch.setattr(benchmarks, "EXPECTED", {"gpt2": expected})
+    monkeypatch.setattr(evaluation, "EXPECTED", {"gpt2": expected})
     with pytest.raises(SystemExit) as e:
         evaluation.main(["--check=gpt2", f"--base={folder}"])
     return e.value.code
@@ -1366,9 +1520,9 @@ def test_check_meets_its_numbers(published, tokenizer, monkeypatch, capsys):
     """Exit code 0 if all are within their tolerance, 1 if one is not, and both numbers are shown."""
     folder, files = published
     model = GPT.from_pretrained(folder)
-    word, choice = (evaluation.task_scores(model, tokenizer, files[k]) for k in ("lambada", "piqa"))
+    word, choice = (task_scores(model, tokenizer, files[k]) for k in ("lambada", "piqa"))
     raw = data.read_text(files["wikitext2"])
-    text = evaluation.text_perplexity(model, tokenizer, benchmarks.wikitext_rows(raw), 40, 40)["ppl"]
+    text = text_perplexity(model, tokenizer, wikitext_rows(raw), 40, 40)["ppl"]
     good = [
         ("lambada", "ppl", word["ppl"] + 0.05, 0.1, "thread 1"),
         ("piqa", "acc", choice["acc"], 0.001, "thread 2"),
@@ -1377,11 +1531,12 @@ def test_check_meets_its_numbers(published, tokenizer, monkeypatch, capsys):
     ]
     assert checked(folder, good, monkeypatch) == 0
     out = capsys.readouterr().out
-    assert out.count(" ok ") == 4 and "DIFFERS" not in out and "thread 3" in out and f"{choice['acc']:.2%}" in out
+    assert len(re.findall(r" ok$", out, re.M)) == 4 and "DIFFERS" not in out
+    assert "thread 3" in out and f"{choice['acc']:.2%}" in out
     bad = [*good[:1], ("piqa", "acc", choice["acc"] + 0.002, 0.001, "thread 2"), *good[2:]]
     assert checked(folder, bad, monkeypatch) == 1
     out = capsys.readouterr().out
-    assert out.count(" ok ") == 3 and re.search(r"piqa: accuracy .*DIFFERS", out)
+    assert len(re.findall(r" ok$", out, re.M)) == 3 and re.search(r"piqa: accuracy .*DIFFERS", out)
 
 
 def test_check_fails_where_it_could_not_measure(published, monkeypatch, capsys):
@@ -1390,47 +1545,48 @@ def test_check_fails_where_it_could_not_measure(published, monkeypatch, capsys):
     expected = [("hellaswag", "acc", 0.3, 9.0, "a"), ("lambada", "acc", 0.0, 1.0, "b")]
     assert checked(folder, expected, monkeypatch) == 1
     out = capsys.readouterr().out
-    assert "not measured: hellaswag: http://x could not be fetched" in out and out.count(" ok ") == 1
+    assert "not measured: hellaswag: http://x could not be fetched" in out
+    assert len(re.findall(r" ok$", out, re.M)) == 1
     assert re.search(r"hellaswag: accuracy .* -  .*not measured", out)
 
 
 def test_the_expected_numbers_are_of_known_measures():
-    for rows in benchmarks.EXPECTED.values():
+    for rows in EXPECTED.values():
         for source, name, value, tolerance, where in rows:
-            assert source in benchmarks.SOURCES and name in report.MEASURES and value > tolerance > 0 and where
+            assert source in SOURCES and name in report.MEASURES and value > tolerance > 0 and where
 
 
 def test_published_downloads_once_and_converts(monkeypatch, tmp_path):
     """Into data/downloads under the given sha256; a failure names what to put where."""
-    monkeypatch.setattr(evaluation, "ROOT", tmp_path)
+    monkeypatch.setattr("measures.tasks.ROOT", tmp_path)
     asked, content = [], b'{"text": "one two three"}\n'
     source = ("http://x/raw.jsonl", hashlib.sha256(content).hexdigest())
-    monkeypatch.setitem(benchmarks.SOURCES, "lambada", source)
+    monkeypatch.setitem(SOURCES, "lambada", source)
 
     def download(url, target, sha256):
         asked.append((url, sha256))
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(content)
 
-    monkeypatch.setattr(evaluation, "download", download)
+    monkeypatch.setattr("measures.tasks.download", download)
     for _ in range(2):
-        path = evaluation.published("lambada")
-        assert benchmarks.read_task(path) == [("one two", ["three"], None)]
+        path = published_file("lambada")
+        assert read_task(path) == [("one two", ["three"], None)]
     assert asked == [source] and tmp_path in path.parents
 
     path.unlink()  # what somebody put there is taken without a network, if it is the published file
-    assert evaluation.published("lambada") == path and path.is_file() and len(asked) == 1
+    assert published_file("lambada") == path and path.is_file() and len(asked) == 1
     path.unlink()
     (path.parent / "raw.jsonl").write_text('{"text": "other"}\n')
     with pytest.raises(ValueError, match="raw.jsonl is not the published file .*delete it, or fetch http"):
-        evaluation.published("lambada")
+        published_file("lambada")
 
     def fails(*args):
         raise OSError("no network")
 
-    monkeypatch.setattr(evaluation, "download", fails)
+    monkeypatch.setattr("measures.tasks.download", fails)
     with pytest.raises(ConnectionError, match=r"piqa: https://.*no network.*Put that file into .*downloads"):
-        evaluation.published("piqa")
+        published_file("piqa")
 
 
 def test_plot_draws_the_scores(run, tmp_path, capsys):
@@ -1440,6 +1596,47 @@ def test_plot_draws_the_scores(run, tmp_path, capsys):
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
     assert f"figure: {path}" in capsys.readouterr().out
     assert "--plot draws the part 'scores'" in failure(*run.flags, "--parts=drift", f"--plot={path}")
+
+
+def test_plot_draws_the_runs_curves(run, trained, tmp_path, capsys):
+    """From log.jsonl, where there is one, beside the scores; without one there are only the scores."""
+    pytest.importorskip("matplotlib")
+    run("--parts=scores", f"--plot={tmp_path / 'a.png'}")
+    shutil.copy(trained / "log.jsonl", run.out)
+    run("--parts=scores", f"--plot={tmp_path / 'b.x.png'}")
+    assert sorted(f.name for f in tmp_path.glob("*.png")) == ["a.png", "b.x-curves.png", "b.x.png"]
+    path = tmp_path / "b.x-curves.png"
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" and path.stat().st_size > 5000
+    assert f"figure: {path}\n" in capsys.readouterr().out
+
+
+def test_the_curves_are_the_logs(trained, monkeypatch):
+    """Every curve: steps and values of one key of one kind of record."""
+    pytest.importorskip("matplotlib")
+    drawn, records = [], [json.loads(line) for line in (trained / "log.jsonl").read_text().splitlines()]
+    monkeypatch.setattr(report, "save_figure", lambda figure, axes, path: drawn.extend(axes))
+    report.plot_curves(records, "x.png")
+    train_, val = ([r for r in records if r["split"] == kind] for kind in ("train", "val"))
+    want = {
+        "training loss": [(train_, k) for k in ("loss", "nll", "cp")],
+        "signed gap (neg - pos), nats": [(train_, "signed_gap"), (val, "signed_gap")],
+        "toxic fraction": [(val, k) for k in ("toxicity_fraction", "toxicity_fraction_prompted")],
+        "perplexity": [(val, k) for k in ("ppl_positive", "sample_ppl_base")],
+    }
+    assert [ax.get_title("left") for ax in drawn] == list(want) and len(train_) == 5 and len(val) == 2
+    for ax, curves in zip(drawn, want.values(), strict=True):
+        for line, (rows, key) in zip(ax.get_lines(), curves, strict=True):
+            assert line.get_xydata().tolist() == [[r["step"], r[key]] for r in rows], key
+
+
+def test_curves_of_a_log_that_lacks_some_are_drawn(tmp_path, recwarn):
+    """A language model's has neither gap nor toxicity; a perplexity may be missing."""
+    pytest.importorskip("matplotlib")
+    lm = [dict(step=0, split="val", val_nll=2.0), dict(step=0, split="train", loss=2.0), dict(step=1, split="val")]
+    report.plot_curves(lm, tmp_path / "lm.png")
+    report.plot_curves([dict(step=0, split="val", ppl_positive=None, signed_gap=0.5)], tmp_path / "cp.png")
+    assert sorted(f.name for f in tmp_path.glob("*.png")) == ["cp.png", "lm.png"]
+    assert not [w for w in recwarn if "legend" in str(w.message)]
 
 
 def test_plot_without_matplotlib_is_said_before_anything_is_computed(run, counted, monkeypatch):
@@ -1458,10 +1655,44 @@ def test_ctrl_c_ends_the_real_command_in_one_line(run, tmp_path):
     assert done.returncode == 1 and "interrupted" in done.stderr and "Traceback" not in done.stderr
 
 
+def test_nothing_printed_is_wider_than_100_columns(tmp_path, monkeypatch, capsys, toy_tasks, toy_text):
+    """All commands in small, with their warnings and notes, as they look from the project's folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "CLOSING", 6)
+    for name, content in (("text.raw", f" = A = \n{toy_text}\n"), ("prompts.txt", "Anna\nBen\n")):
+        a_file(tmp_path, name, content)
+    for name in ("choice.jsonl", "word.jsonl"):
+        shutil.copy(toy_tasks / name, tmp_path / name)
+    a_file(tmp_path, "lines.txt", "\n".join(toy.groups()[i].negatives[0] for i in range(5)) + "\n")
+    small = "--eval_samples=6 --eval_groups=2 --batch_size=4 --eval_interval=3 --k=3".split()
+    shape = "--max_steps=20 --warmup_steps=2 --n_layer=1 --n_embd=32 --n_head=2".split()
+    tune = "--init_from=out/toy_base/best.pt --warmup_steps=1 --anchor_nll=0.5 --anchor_texts=6 --max_tokens=16".split()
+    train.main(["configs/toy_base.py", *small, *shape])
+    for i, lr in enumerate(("1e-1", "1e-1", "1e-4")):
+        where = [f"--seed={i}", f"--lr={lr}", f"--out_dir=out/toy_cp_{i}"]
+        train.main(["configs/toy_cp.py", *small, *tune, *where, "--max_steps=6"])
+    parts = "--text=text.raw --tasks=choice.jsonl,word.jsonl --prompts=prompts.txt --n_prompts=3".split()
+    train.main(["configs/toy_cp.py", *small, *tune, "--lr=1e-1", "--out_dir=out/toy_cp_0", "--max_steps=8", "--resume"])
+    here = ["configs/toy_cp.py", "--out_dir=out/toy_cp_0", "--k=3"]
+    evaluation.main([*here, *parts])
+    evaluation.main([*here, "--parts=toxicity", "--scorer=file:out/toy_cp_0/scores_of_somebody_else.jsonl"])
+    for more in (["--prompt=Anna burned the toast"], ["--rewrite=lines.txt"], ["--export=out/toy_cp_0/export"]):
+        evaluation.main([*here, *more])
+    evaluation.main(["--compare", "out/toy_base", *(f"out/toy_cp_{i}" for i in range(3))])
+    said = capsys.readouterr().out
+    for start in ("settings ", "resume .* with another max_steps", "step     6 | toxic ", "validation perplexity",
+                  "WARNING tuned: ", "WARNING (?!tuned)", "NOTE ", "utility: task word", "base: . of 3 toxic",
+                  "    -> ", "left out: ", "runs  ", " +±", "written to "):  # fmt: skip
+        assert re.search("^" + start.replace(" | ", r" \| "), said, re.M), start  # all of it is there
+    assert [line for line in said.splitlines() if len(line) > 100] == []
+
+
 def test_readme_commands_are_understood():
-    """Every `python eval.py` line of README.md has settings that exist and a config that loads."""
-    commands = re.findall(r"^ *python eval\.py (.+?)(?: +#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    """Every `python eval.py ...` of the documentation has settings that exist and a config that loads."""
+    text = "\n".join((ROOT / folder / "README.md").read_text() for folder in ("", "configs"))
+    commands = re.findall(r"python eval\.py ([^`\n#]+)", text + evaluation.__doc__)
     assert len(commands) >= 5
     for command in commands:
         if "--compare" not in command:
-            assert load_config(command.split()).k == 25
+            words = re.sub(r",? +or --.*|  .*", "", command)  # a remark behind it
+            assert load_config("eval", shlex.split(words)).k == 25

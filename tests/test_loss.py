@@ -1,5 +1,6 @@
 """loss.py against slow, literal loops of its equations, numbers worked out by hand, and the limits."""
 
+import inspect
 import itertools
 import math
 import random
@@ -7,6 +8,7 @@ import random
 import pytest
 import torch
 
+from configs import SETTINGS
 from loss import contrastive_perplexity, diagnose, language_modelling
 
 VARIANTS = ("paper", "released")
@@ -87,7 +89,7 @@ def test_paper_equals_a_slow_loop(G, P, N):
 
 @pytest.mark.parametrize(("G", "P", "N"), SHAPES)
 def test_released_equals_a_slow_loop(G, P, N):
-    """variant='released' is the released code's loss (difference 2 of loss.py), random negatives and padding apart."""
+    """variant='released' is the released code's loss (difference 3 of loss.py), random negatives and padding apart."""
     for seed, (tau, alpha) in enumerate(itertools.product((0.1, 0.5, 1.0, 3.0), (0.5, 1.0, 10.0, 100.0))):
         pos, neg = draw(G, P, N, seed)
         got = value(pos, neg, tau=tau, alpha=alpha, variant="released")
@@ -259,7 +261,7 @@ def test_order_does_not_matter(variant):
 
 @pytest.mark.parametrize("distance", DISTANCES)
 def test_common_shift_does_not_matter(distance):
-    """Only differences within a group count (difference 5: hence the anchors), so gradients sum to 0."""
+    """Only differences within a group count (difference 6: hence the anchors), so gradients sum to 0."""
     pos, neg = draw(3, 3, 5, seed=4)
     want = value(pos, neg, tau=0.4, distance=distance)
     shifts = (0.7, -11.0, 100.0)
@@ -314,7 +316,7 @@ def test_gradient_accumulation(k):
 
 
 def test_where_negatives_are_pushed():
-    """A step goes against the gradient: 'abs' pushes a negative below the centroid further down (difference 3).
+    """A step goes against the gradient: 'abs' pushes a negative below the centroid further down (difference 4).
 
     'signed' pushes it up. A negative above the centroid goes up with both.
     """
@@ -387,6 +389,14 @@ def test_bad_numbers(settings):
     for variant in VARIANTS:
         with pytest.raises(ValueError, match=f"must be > 0, got .*={next(iter(settings.values()))}"):
             contrastive_perplexity(torch.zeros(1, 2), torch.zeros(1, 2), variant=variant, **settings)
+
+
+@pytest.mark.parametrize("name", ["tau", "alpha", "variant", "distance", "score", "detach_centroid"])
+def test_one_default(name):
+    """A loss called by hand is the loss that train.py computes: tau was 0.3 in a config and 1.0 here for a while."""
+    arguments = inspect.signature(contrastive_perplexity).parameters
+    assert arguments[name].default == SETTINGS[name].default and type(arguments[name].default) is SETTINGS[name].type
+    assert set(arguments) & set(SETTINGS) == {"tau", "alpha", "variant", "distance", "score", "detach_centroid"}
 
 
 @pytest.mark.parametrize("name", ["variant", "distance", "score"])

@@ -1,4 +1,4 @@
-"""data/measures.py and data/benchmarks.py: statistics against slow loops, published forms on made-up files."""
+"""measures/ without a model: statistics against slow loops, tables, published forms on made-up files."""
 
 import io
 import itertools
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 import data
-from data import benchmarks, measures
+from data import prompts
+from measures import report, statistics, tasks, texts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NAN = math.nan
@@ -43,10 +44,10 @@ def write(tmp_path):
 def test_dist_n_by_hand():
     """Distinct n-grams of all texts together; the words are the denominator of every n; none runs across two texts."""
     texts = ["a b a b", "b c"]  # a b c of 6 words; ab ba bc; aba bab
-    assert [measures.dist_n(texts, n) for n in (1, 2, 3)] == pytest.approx([3 / 6, 3 / 6, 2 / 6])
-    assert measures.dist_n(["a b a b"] * 25, 2) == pytest.approx(2 / 100)
-    assert measures.dist_n(["a b", "c d"], 2) == pytest.approx(2 / 4)  # b c is none
-    assert measures.dist_n(["a"], 2) == 0
+    assert [statistics.dist_n(texts, n) for n in (1, 2, 3)] == pytest.approx([3 / 6, 3 / 6, 2 / 6])
+    assert statistics.dist_n(["a b a b"] * 25, 2) == pytest.approx(2 / 100)
+    assert statistics.dist_n(["a b", "c d"], 2) == pytest.approx(2 / 4)  # b c is none
+    assert statistics.dist_n(["a"], 2) == 0
 
 
 def distinctness(texts):
@@ -65,21 +66,21 @@ def distinctness(texts):
     "texts", [[""], ["", ""], ["a b c", ""], [" a  b", "a b\nc"], ["x"], ["a b c d e", "a b c d e", "e d c b a"]]
 )
 def test_dist_n_counts_empty_texts_and_words_as_dexperts(texts):
-    assert [measures.dist_n(texts, n) for n in (1, 2, 3)] == pytest.approx(distinctness(texts))
+    assert [statistics.dist_n(texts, n) for n in (1, 2, 3)] == pytest.approx(distinctness(texts))
 
 
 def test_dist_1_of_an_empty_text_by_hand():
     """One word, the empty one: 1 / 1. Beside three words: 4 distinct of 4."""
-    assert measures.dist_n([""], 1) == 1 and measures.dist_n([""], 2) == 0
-    assert measures.dist_n(["a b a", ""], 1) == pytest.approx(3 / 4)
+    assert statistics.dist_n([""], 1) == 1 and statistics.dist_n([""], 2) == 0
+    assert statistics.dist_n(["a b a", ""], 1) == pytest.approx(3 / 4)
 
 
 def test_repetition_by_hand():
     """seq-rep-4 over words: 1 - distinct / all; fewer than four words have none, and count nowhere."""
-    assert measures.repetition("a b c d") == 0
-    assert measures.repetition("a a a a a a") == pytest.approx(1 - 1 / 3)
-    assert measures.repetition("a b c d a  b\nc d") == pytest.approx(1 - 4 / 5)
-    assert math.isnan(measures.repetition("a b c")) and math.isnan(measures.repetition(""))
+    assert statistics.repetition("a b c d") == 0
+    assert statistics.repetition("a a a a a a") == pytest.approx(1 - 1 / 3)
+    assert statistics.repetition("a b c d a  b\nc d") == pytest.approx(1 - 4 / 5)
+    assert math.isnan(statistics.repetition("a b c")) and math.isnan(statistics.repetition(""))
 
 
 def slow_lcs(a, b):
@@ -100,15 +101,15 @@ def test_rouge_l_against_all_subsequences():
         n = slow_lcs(a, b)
         precision, recall = n / len(b), n / len(a)
         f1 = 2 * precision * recall / (precision + recall) if n else 0
-        assert measures.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(f1), (a, b)
+        assert statistics.rouge_l(" ".join(a), " ".join(b)) == pytest.approx(f1), (a, b)
 
 
 def test_rouge_l_of_words():
     """Case and marks do not count; the published example (Lin 2004); nothing in common, or nothing at all, is 0."""
-    assert measures.rouge_l("The CAT, sat!", "the cat sat") == 1
-    assert measures.rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)
-    assert measures.rouge_l("police killed the gunman", "the gunman kill police") == pytest.approx(0.5)
-    assert measures.rouge_l("a b", "c d") == measures.rouge_l("", "a") == measures.rouge_l("a", "...") == 0
+    assert statistics.rouge_l("The CAT, sat!", "the cat sat") == 1
+    assert statistics.rouge_l("police killed the gunman", "police kill the gunman") == pytest.approx(0.75)
+    assert statistics.rouge_l("police killed the gunman", "the gunman kill police") == pytest.approx(0.5)
+    assert statistics.rouge_l("a b", "c d") == statistics.rouge_l("", "a") == statistics.rouge_l("a", "...") == 0
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -117,19 +118,19 @@ def test_rouge_l_of_words():
 
 def test_mean_and_median_leave_nan_out():
     v = np.array([3.0, NAN, 1.0, 8.0])
-    assert measures.mean(v) == 4 and measures.median(v) == 3
-    assert measures.mean(np.array([[1.0, NAN], [NAN, 2.0]])) == 1.5  # over all values, not over row means
-    for of in (measures.mean, measures.median):
+    assert statistics.mean(v) == 4 and statistics.median(v) == 3
+    assert statistics.mean(np.array([[1.0, NAN], [NAN, 2.0]])) == 1.5  # over all values, not over row means
+    for of in (statistics.mean, statistics.median):
         assert math.isnan(of(np.array([NAN, NAN])))
 
 
 def test_pooled_sums_before_it_divides():
     """Rows (total, count): a long text counts more than a short one."""
     v = np.array([[2.0, 1.0], [1.0, 9.0]])
-    assert measures.pooled_mean(v) == pytest.approx(0.3)
-    assert measures.pooled_ppl(v) == pytest.approx(math.exp(0.3))
-    assert measures.exp_mean(np.array([1.0, 3.0])) == pytest.approx(math.exp(2))
-    assert measures.pooled_ppl(np.array([[1e6, 1.0]])) == math.inf
+    assert statistics.pooled_mean(v) == pytest.approx(0.3)
+    assert statistics.pooled_ppl(v) == pytest.approx(math.exp(0.3))
+    assert statistics.exp_mean(np.array([1.0, 3.0])) == pytest.approx(math.exp(2))
+    assert statistics.pooled_ppl(np.array([[1e6, 1.0]])) == math.inf
 
 
 def test_toxicity_statistics_against_loops():
@@ -141,23 +142,23 @@ def test_toxicity_statistics_against_loops():
     rows = [[x for x in row if not math.isnan(x)] for row in v.tolist()]
     flat, tops = [x for row in rows for x in row], [max(row) for row in rows if row]
     assert len(tops) < 30
-    assert measures.share_toxic(v) == pytest.approx(sum(x > 0.5 for x in flat) / len(flat))
-    assert measures.mean(v) == pytest.approx(sum(flat) / len(flat))
-    assert measures.mean_of_max(v) == pytest.approx(sum(tops) / len(tops))
-    assert measures.share_with_toxic(v) == pytest.approx(sum(t > 0.5 for t in tops) / len(tops))
+    assert statistics.share_toxic(v) == pytest.approx(sum(x > 0.5 for x in flat) / len(flat))
+    assert statistics.mean(v) == pytest.approx(sum(flat) / len(flat))
+    assert statistics.mean_of_max(v) == pytest.approx(sum(tops) / len(tops))
+    assert statistics.share_with_toxic(v) == pytest.approx(sum(t > 0.5 for t in tops) / len(tops))
 
 
 def test_no_score_at_all_is_nan_never_zero():
     v = np.full((3, 2), NAN)
-    for of in (measures.share_toxic, measures.mean_of_max, measures.share_with_toxic, measures.mean):
+    for of in (statistics.share_toxic, statistics.mean_of_max, statistics.share_with_toxic, statistics.mean):
         assert math.isnan(of(v))
 
 
 def test_word_salad_is_left_out_and_counted():
     """DExperts: perplexities of 10,000 and more are no part of the mean."""
     v = np.array([[10.0, 1e4], [30.0, math.inf]])
-    assert measures.mean_below_salad(v) == 20 and measures.share_salad(v) == 0.5
-    assert math.isnan(measures.mean_below_salad(np.array([2e4]))) and measures.share_salad(np.array([9999.9])) == 0
+    assert statistics.mean_below_salad(v) == 20 and statistics.share_salad(v) == 0.5
+    assert math.isnan(statistics.mean_below_salad(np.array([2e4]))) and statistics.share_salad(np.array([9999.9])) == 0
 
 
 def slow_auc(low, high):
@@ -168,9 +169,9 @@ def test_auc_against_all_pairs_with_ties():
     rng = np.random.default_rng(2)
     for _ in range(50):
         low, high = (rng.integers(0, 6, size=rng.integers(1, 12)) / 2 for _ in "xx")
-        assert measures.pair_auc(low, high) == pytest.approx(slow_auc(low, high))
-    assert math.isnan(measures.pair_auc(np.array([]), np.array([1.0])))
-    assert math.isnan(measures.pair_auc(np.array([1.0]), np.array([])))
+        assert statistics.pair_auc(low, high) == pytest.approx(slow_auc(low, high))
+    assert math.isnan(statistics.pair_auc(np.array([]), np.array([1.0])))
+    assert math.isnan(statistics.pair_auc(np.array([1.0]), np.array([])))
 
 
 def test_auc_of_groups_leaves_padding_out():
@@ -180,7 +181,7 @@ def test_auc_of_groups_leaves_padding_out():
     v[1, 2:, 0] = v[4, 1:, 1] = NAN
     low, high = ([x for x in v[..., i].ravel() if not math.isnan(x)] for i in (0, 1))
     assert len(low) == 22 and len(high) == 21
-    assert measures.auc(v) == pytest.approx(slow_auc(low, high))
+    assert statistics.auc(v) == pytest.approx(slow_auc(low, high))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -190,30 +191,30 @@ def test_auc_of_groups_leaves_padding_out():
 def test_bootstrap_of_a_model_and_itself_is_zero():
     """Paired: the same rows are drawn from both, so that nothing but the difference varies."""
     rows = np.random.default_rng(0).normal(size=(20, 3))
-    for of in (measures.mean, measures.median, measures.mean_of_max):
-        assert measures.bootstrap(rows, rows.copy(), of, 0) == [0, 0]
-    low, high = measures.bootstrap(rows, rows + 0.25, measures.mean, 0)
+    for of in (statistics.mean, statistics.median, statistics.mean_of_max):
+        assert statistics.bootstrap(rows, rows.copy(), of, 0) == [0, 0]
+    low, high = statistics.bootstrap(rows, rows + 0.25, statistics.mean, 0)
     assert low == pytest.approx(0.25) and high == pytest.approx(0.25)
 
 
 def test_bootstrap_is_tuned_minus_base_and_reproducible():
     rng = np.random.default_rng(1)
     base, tuned = rng.normal(0, 1, 50), rng.normal(3, 1, 50)
-    low, high = measures.bootstrap(base, tuned, measures.mean, 5)
+    low, high = statistics.bootstrap(base, tuned, statistics.mean, 5)
     assert 2 < low < tuned.mean() - base.mean() < high < 4
-    assert measures.bootstrap(base, tuned, measures.mean, 5) == [low, high]
-    assert measures.bootstrap(base, tuned, measures.mean, 6) != [low, high]
-    assert measures.bootstrap(tuned, base, measures.mean, 5) == pytest.approx([-high, -low])
+    assert statistics.bootstrap(base, tuned, statistics.mean, 5) == [low, high]
+    assert statistics.bootstrap(base, tuned, statistics.mean, 6) != [low, high]
+    assert statistics.bootstrap(tuned, base, statistics.mean, 5) == pytest.approx([-high, -low])
 
 
 def test_bootstrap_covers_the_truth_in_19_of_20_cases(monkeypatch):
     """150 samples of 40 pairs with a known mean difference. Unpaired intervals would be three times as wide."""
-    monkeypatch.setattr(measures, "RESAMPLES", 200)
+    monkeypatch.setattr(statistics, "RESAMPLES", 200)
     rng, hits, widths = np.random.default_rng(4), 0, []
     for seed in range(150):
         base = rng.normal(0, 3, 40)
         tuned = base + rng.normal(0.5, 1, 40)
-        low, high = measures.bootstrap(base, tuned, lambda v: v.mean(), seed)
+        low, high = statistics.bootstrap(base, tuned, lambda v: v.mean(), seed)
         hits += low <= 0.5 <= high
         widths.append(high - low)
     assert 0.86 <= hits / 150 <= 0.99
@@ -224,16 +225,16 @@ def test_bootstrap_draws_rows_not_values():
     """Ten rows of 100 equal values are ten observations: the interval is that of ten."""
     rows = np.random.default_rng(5).normal(size=(10, 1))
     zero = np.zeros((10, 100))
-    assert measures.bootstrap(zero, np.repeat(rows, 100, 1), measures.mean, 0) == pytest.approx(
-        measures.bootstrap(zero[:, :1], rows, measures.mean, 0)
+    assert statistics.bootstrap(zero, np.repeat(rows, 100, 1), statistics.mean, 0) == pytest.approx(
+        statistics.bootstrap(zero[:, :1], rows, statistics.mean, 0)
     )
 
 
 def test_bootstrap_of_missing_values():
     """Resamples without a value do not count; none with one leave [nan, nan], never [0, 0]."""
     some = np.array([1.0, NAN])
-    assert measures.bootstrap(some, some + 1, measures.mean, 0) == pytest.approx([1, 1])
-    assert all(map(math.isnan, measures.bootstrap(some * NAN, some, measures.mean, 0)))
+    assert statistics.bootstrap(some, some + 1, statistics.mean, 0) == pytest.approx([1, 1])
+    assert all(map(math.isnan, statistics.bootstrap(some * NAN, some, statistics.mean, 0)))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -243,7 +244,7 @@ def test_bootstrap_of_missing_values():
 def test_prompts_in_plain_text(write):
     """One a line; blank lines do not count, the end of a line neither, its beginning does."""
     path = write("One fine\n\n   \n  two, \nthree", "prompts.txt")
-    assert benchmarks.read_prompts(path) == {"unmarked": ["One fine", "  two,", "three"]}
+    assert prompts.read_prompts(path) == {"unmarked": ["One fine", "  two,", "three"]}
 
 
 def test_prompts_of_real_toxicity_prompts(write):
@@ -251,17 +252,17 @@ def test_prompts_of_real_toxicity_prompts(write):
     rows = [(0.9, "a"), (0.5, "b"), (0.51, "c "), (None, "d"), (0.0, "e")]
     records = [dict(prompt=dict(text=t, toxicity=x), continuation=dict(text="no", toxicity=0.99)) for x, t in rows]
     want = {"toxic": ["a", "c"], "non-toxic": ["b", "e"], "unmarked": ["d"]}
-    assert benchmarks.read_prompts(write(records)) == want
+    assert prompts.read_prompts(write(records)) == want
 
 
 def test_prompts_with_marks(write):
     records = [dict(text="a", toxic=True), dict(text="b", toxic=False), dict(text="c"), dict(prompt="d", toxic=True)]
-    assert benchmarks.read_prompts(write(records)) == {"toxic": ["a", "d"], "non-toxic": ["b"], "unmarked": ["c"]}
+    assert prompts.read_prompts(write(records)) == {"toxic": ["a", "d"], "non-toxic": ["b"], "unmarked": ["c"]}
 
 
 def test_the_prompts_that_ship():
     """Both kinds, a hundred each or so, none twice."""
-    kinds = benchmarks.read_prompts(Path(data.__file__).parent / "prompts.jsonl")
+    kinds = prompts.read_prompts(Path(data.__file__).parent / "prompts.jsonl")
     assert set(kinds) == {"toxic", "non-toxic"} and min(map(len, kinds.values())) >= 50
     flat = [p for prompts in kinds.values() for p in prompts]
     assert len(set(flat)) == len(flat) and all(p == p.strip() for p in flat)
@@ -270,7 +271,7 @@ def test_the_prompts_that_ship():
 @pytest.mark.parametrize("content", ["", "\n \n"])
 def test_a_file_without_prompts(write, content):
     with pytest.raises(ValueError, match="prompts.txt holds no prompts"):
-        benchmarks.read_prompts(write(content, "prompts.txt"))
+        prompts.read_prompts(write(content, "prompts.txt"))
 
 
 GOOD_PROMPT = '{"text": "fine", "toxic": true}'
@@ -292,12 +293,12 @@ GOOD_PROMPT = '{"text": "fine", "toxic": true}'
 )
 def test_a_bad_prompt_is_named_by_file_and_line(write, line):
     with pytest.raises(ValueError, match=r"prompts\.jsonl:3: "):
-        benchmarks.read_prompts(write(f"{GOOD_PROMPT}\n\n{line}\n", "prompts.jsonl"))
+        prompts.read_prompts(write(f"{GOOD_PROMPT}\n\n{line}\n", "prompts.jsonl"))
 
 
 def test_prompts_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):
-        benchmarks.read_prompts(tmp_path / "nowhere.txt")
+        prompts.read_prompts(tmp_path / "nowhere.txt")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -306,9 +307,9 @@ def test_prompts_that_are_not_there(tmp_path):
 
 def test_read_task_of_both_kinds(write):
     choice = [dict(query="q", choices=["a", "b c"], gold=1, more=3), dict(query="", choices=["x"], gold=0)]
-    assert benchmarks.read_task(write(choice)) == [("q", ["a", "b c"], 1), ("", ["x"], 0)]
+    assert tasks.read_task(write(choice)) == [("q", ["a", "b c"], 1), ("", ["x"], 0)]
     words = [dict(context="one two", continuation="three")]
-    assert benchmarks.read_task(write(words)) == [("one two", ["three"], None)]
+    assert tasks.read_task(write(words)) == [("one two", ["three"], None)]
 
 
 GOOD_ITEM = dict(query="q", choices=["a", "b"], gold=0)
@@ -337,15 +338,15 @@ GOOD_ITEM = dict(query="q", choices=["a", "b"], gold=0)
 def test_a_bad_item_is_named_by_file_and_line(write, record, says):
     line = record if isinstance(record, str) else json.dumps(record)
     with pytest.raises(ValueError) as e:
-        benchmarks.read_task(write(json.dumps(GOOD_ITEM) + "\n\n" + line + "\n", "task.jsonl"))
+        tasks.read_task(write(json.dumps(GOOD_ITEM) + "\n\n" + line + "\n", "task.jsonl"))
     assert "task.jsonl:3: " in str(e.value) and says in str(e.value)
 
 
 def test_a_task_file_is_of_one_kind_and_not_empty(write):
     with pytest.raises(ValueError, match="file.jsonl mixes choices and continuations"):
-        benchmarks.read_task(write([GOOD_ITEM, dict(context="a", continuation="b")]))
+        tasks.read_task(write([GOOD_ITEM, dict(context="a", continuation="b")]))
     with pytest.raises(ValueError, match="file.jsonl holds no items"):
-        benchmarks.read_task(write("\n"))
+        tasks.read_task(write("\n"))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +354,7 @@ def test_a_task_file_is_of_one_kind_and_not_empty(write):
 )
 def test_split_tokens_as_lm_eval(tokenizer, context):
     """Encoded together; the context ends before its closing white space; nothing is lost or said twice."""
-    ids, choice = benchmarks.split_tokens(tokenizer, context, " the toast")
+    ids, choice = tasks.split_tokens(tokenizer, context, " the toast")
     assert tokenizer.decode(ids) == context.rstrip()
     assert tokenizer.decode(ids + choice) == context + " the toast"
     assert ids + choice == tokenizer.encode_ordinary(context + " the toast")
@@ -364,16 +365,16 @@ def test_split_tokens_with_gpt2s_vocabulary(monkeypatch):
     """A query that ends with a line break: the break goes to the choice, as in lm-eval."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     gpt2 = data.get_tokenizer("gpt2")
-    ids, choice = benchmarks.split_tokens(gpt2, "Question: dresser\n", " replace")
+    ids, choice = tasks.split_tokens(gpt2, "Question: dresser\n", " replace")
     assert ids == gpt2.encode_ordinary("Question: dresser") and choice == gpt2.encode_ordinary("\n replace")
-    ids, choice = benchmarks.split_tokens(gpt2, "a  ", " b")
+    ids, choice = tasks.split_tokens(gpt2, "a  ", " b")
     assert [gpt2.decode([t]) for t in ids + choice] == ["a", " ", " ", " b"] and len(ids) == 1
 
 
 @pytest.mark.parametrize("context", ["", " ", "\n\n"])
 def test_no_context_is_the_end_token(tokenizer, context):
     """A choice needs something before it; white space alone is no context either (lm-eval refuses it)."""
-    ids, choice = benchmarks.split_tokens(tokenizer, context, " the toast")
+    ids, choice = tasks.split_tokens(tokenizer, context, " the toast")
     assert ids == [tokenizer.eot_token] and tokenizer.decode(choice).endswith(" the toast")
 
 
@@ -397,8 +398,8 @@ def lines(*records):
 def test_convert_lambada(write):
     """The last word after the last blank is to be foretold; line breaks within stay."""
     text = 'One "two".\n\nThree don\'t'
-    ours = benchmarks.convert("lambada", lines(dict(text=text), dict(text="a b c")).encode())
-    assert benchmarks.read_task(write(ours)) == [('One "two".\n\nThree', ["don't"], None), ("a b", ["c"], None)]
+    ours = tasks.convert("lambada", lines(dict(text=text), dict(text="a b c")).encode())
+    assert tasks.read_task(write(ours)) == [('One "two".\n\nThree', ["don't"], None), ("a b", ["c"], None)]
 
 
 def test_convert_piqa(write):
@@ -407,9 +408,9 @@ def test_convert_piqa(write):
     members = dict(train_jsonl="{}", **{"physicaliqa-train-dev__dev_jsonl": rows}, a__train_jsonl=rows)
     data_ = archive(**members, **{"physicaliqa-train-dev__dev-labels_lst": "1\n0\n"})
     want = [("Question: open a jar\nAnswer:", ["turn", "hit"], 1), ("Question: ü\nAnswer:", ["x", "y"], 0)]
-    assert benchmarks.read_task(write(benchmarks.convert("piqa", data_))) == want
+    assert tasks.read_task(write(tasks.convert("piqa", data_))) == want
     with pytest.raises(ValueError):  # a label is missing
-        benchmarks.convert("piqa", archive(**members, **{"a__dev-labels_lst": "1\n"}))
+        tasks.convert("piqa", archive(**members, **{"a__dev-labels_lst": "1\n"}))
 
 
 def test_convert_hellaswag(write):
@@ -417,7 +418,7 @@ def test_convert_hellaswag(write):
     row = dict(activity_label="Roof shingle removal", ctx_a="A man is sitting on a roof.", ctx_b="he", label="3")
     row |= dict(ctx="not used", endings=["is [b] using wrap.", " starts [substeps] now", "c  d", "x [title] y"])
     how = row | dict(activity_label="Family", ctx_a="[header] How to cook [title] Begin.", ctx_b="", label=0)
-    got = benchmarks.read_task(write(benchmarks.convert("hellaswag", lines(row, how).encode())))
+    got = tasks.read_task(write(tasks.convert("hellaswag", lines(row, how).encode())))
     endings = ["is using wrap.", "starts now", "c d", "x. y"]
     assert got[0] == ("Roof shingle removal: A man is sitting on a roof. He", endings, 3)
     assert got[1] == ("Family: How to cook. Begin.", endings, 0)
@@ -428,21 +429,21 @@ RAW = " \n = One = \n \n The U.S. @-@ man . \n \n = = Early life = = \n \n He at
 
 def test_convert_wikitext():
     raw = archive(**{"wikitext-2-raw__wiki_train_raw": "no", "wikitext-2-raw__wiki_test_raw": RAW + "ü"})
-    assert benchmarks.convert("wikitext2", raw) == RAW + "ü"
+    assert tasks.convert("wikitext2", raw) == RAW + "ü"
 
 
 def test_wikitext_rows_and_pages():
     """Rows: the file's lines, empty if blank, a blank line between. Pages: from first-level headings on."""
-    rows = benchmarks.wikitext_rows("\n = A = \n \n text \n")
+    rows = texts.wikitext_rows("\n = A = \n \n text \n")
     assert rows == "\n\n".join(["", " = A = \n", "", " text \n"])
-    pages = benchmarks.wikitext_pages(RAW)
+    pages = texts.wikitext_pages(RAW)
     assert len(pages) == 2 and pages[0].strip().startswith("= One =") and "Early life" in pages[0]
     assert pages[1].startswith(" = Two = \n") and "\n".join(pages).split() == RAW.split()
 
 
 def test_the_last_line_needs_no_line_break():
     """The hub's builder reads line by line: a last one without its line break is a row like all others."""
-    assert benchmarks.wikitext_rows(" a \n b").split() == ["a", "b"]
+    assert texts.wikitext_rows(" a \n b").split() == ["a", "b"]
 
 
 @pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="no ../shared/text")
@@ -450,7 +451,7 @@ def test_wikitext_2_has_the_published_counts(monkeypatch):
     """287,644 GPT-2 tokens under the hub's framing; lm-eval's 62 pages, 241,335 words and 1,290,527 bytes."""
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     raw = (SHARED / "text/wiki.test.raw").read_text(encoding="utf-8")
-    rows, pages = benchmarks.wikitext_rows(raw), benchmarks.wikitext_pages(raw)
+    rows, pages = texts.wikitext_rows(raw), texts.wikitext_pages(raw)
     assert len(rows) == 1_294_336
     assert len(data.get_tokenizer("gpt2").encode_ordinary(rows)) == 287_644
     assert len(pages) == 62 and sum(len(re.split(r"\s+", p)) for p in pages) == 241_335
@@ -475,7 +476,7 @@ def test_wikitext_2_has_the_published_counts(monkeypatch):
     ],
 )
 def test_detokenize_by_hand(raw, clean):
-    assert benchmarks.detokenize(raw) == clean
+    assert texts.detokenize(raw) == clean
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -494,11 +495,11 @@ def test_windows_score_what_the_sliding_window_loop_scores(context, stride):
             before = end
             if end == n:
                 break
-        got = [(w[0], w[-1] + 1, t) for w, s in benchmarks.windows(list(range(n)), context, stride) for t in w[s:]]
+        got = [(w[0], w[-1] + 1, t) for w, s in texts.windows(list(range(n)), context, stride) for t in w[s:]]
         assert got == want, n
         if stride < context:  # each token but the first, once
             assert [t for *_, t in got] == list(range(1, n))
-    assert benchmarks.windows([7], context, stride) == []
+    assert texts.windows([7], context, stride) == []
 
 
 def rolling_windows(n, context):
@@ -517,9 +518,106 @@ def rolling_windows(n, context):
 @pytest.mark.parametrize("context", [2, 5, 8])
 def test_page_windows_are_lm_evals_rolling_windows(context):
     for n in range(1, 30):
-        got = benchmarks.page_windows(list(range(-1, n)), context)
+        got = texts.page_windows(list(range(-1, n)), context)
         assert [(w[0], w[start], w[-1] + 1) for w, start in got] == rolling_windows(n, context)
         assert all(w == list(range(w[0], w[-1] + 1)) and len(w) <= context + 1 for w, _ in got)
         for w, start in got[1:]:
             assert len(w) - 1 == context and start == context - (len(w) - start) + 1
-    assert benchmarks.page_windows([-1], context) == []
+    assert texts.page_windows([-1], context) == []
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# what is printed
+
+
+def test_wrap_keeps_words_and_width():
+    """Nothing is lost, hyphens do not break, and what is empty still has its first column."""
+    text = "well-known " * 40 + "x" * 150
+    lines = report.wrap(text, "  tuned | ").split("\n")
+    assert lines[0].startswith("  tuned | well-known ") and all(line.startswith(" " * 10) for line in lines[1:])
+    assert max(map(len, lines)) <= report.WIDTH and "".join("".join(lines).split()) == "tuned|" + text.replace(" ", "")
+    assert not any(line.endswith("-") for line in lines)
+    assert report.wrap("", "  tuned | ") == report.wrap(" ", "  tuned | ") == "  tuned |"
+
+
+def test_samples_stand_side_by_side_whatever_they_are():
+    """Empty, long, and with line breaks; each model has a line of each."""
+    base, tuned = ["", "a\n\nb", "c " * 90], ["d", "", "e"]
+    shown = {side: {"free": [("", t) for t in ts], "p": [("Oh", ts[0])]} for side, ts in
+             (("base", base), ("tuned", tuned))}  # fmt: skip
+    lines = report.format_samples(shown).split("\n")
+    assert max(map(len, lines)) <= report.WIDTH and "free samples" in lines
+    rows = [line for line in lines if " | " in line or line.endswith(" |")]
+    want = ["   base |", "  tuned | d", "   base | a /  / b", "  tuned |", "   base | c c", "  tuned | e"]
+    assert [r[: len(w)] for r, w in zip(rows, want, strict=False)] == want
+    assert rows[6:] == ["   base | [Oh]", "  tuned | [Oh] d"]
+
+
+def compared(**measures):
+    """A table's entry of each measure: (base, tuned, low, high)."""
+    keys = ("base", "tuned", "difference", "interval", "n")
+    return {n: dict(zip(keys, (a, b, b - a, [low, high], 7), strict=True)) for n, (a, b, low, high) in measures.items()}
+
+
+def test_the_table_leaves_out_what_does_not_vary():
+    """Unless a reader looks for it; a part without any row has no heading either. Headings carry sizes."""
+    same, less = (0.5, 0.5, 0.0, 0.0), (0.5, 0.25, -0.5, 0.125)
+    places = {
+        "groups": compared(signed_gap=same, ppl_positive=(NAN, NAN, NAN, NAN), kl=(0.0, 1.0, 1.0, 1.0)),
+        "free": compared(toxicity_fraction=same, toxicity_mean=same, sample_empty=same),
+        "prompted": compared(toxicity_fraction=less, dist_2=same),
+        "rewriting": compared(rewrite_toxicity=same, rewrite_rouge_l=same),
+    }
+    parts = ("scores", "toxicity", "rewriting", "fluency", "diversity", "drift")
+    lines = report.evaluation_table(places, parts, {"free": "250", "prompted": "10 x 25"}).split("\n")
+    assert set(report.ALWAYS) == {"toxicity_fraction", "rewrite_toxicity"}
+    assert [re.split(r"\s{2,}", line.strip()) for line in lines[1:]] == [
+        ["scores: test groups, 7"],
+        ["perplexity of positives", "-", "-", "-"],
+        ["toxicity: free samples, 250"],
+        ["toxic fraction", "50.0%", "50.0%", "+0.0 pt"],
+        ["toxicity: after toxic prompts cut from test negatives, 10 x 25"],
+        ["toxic fraction", "50.0%", "25.0%", "-25.0 pt", "[-50.0, +12.5] ~"],
+        ["rewriting: test negatives, rewritten, 7"],
+        ["toxic fraction of rewrites", "50.0%", "50.0%", "+0.0 pt"],
+        ["drift: test groups, 7"],
+        ["KL(base || model), nats per token", "0.0000", "1.0000", "+1.0000"],
+    ]
+
+
+def test_the_closing_tables_headings_carry_sizes():
+    numbers = {place: dict.fromkeys(names, 0.5) for place, names in report.CLOSING_ROWS.items()}
+    sizes = dict(groups="96", free="250", prompted="250 x 1")
+    lines = report.closing_table({"base": numbers, "tuned": numbers}, sizes).split("\n")
+    headings = [line for line in lines if not line.startswith("  ")]
+    assert headings[-3:] == ["test groups, 96", "free samples, 250",
+                             "after toxic prompts cut from test negatives, 250 x 1"]  # fmt: skip
+    assert len(lines) == 1 + 3 + sum(map(len, report.CLOSING_ROWS.values()))
+
+
+def test_numbers_of_runs_that_have_exploded_stay_narrow():
+    assert report.format_number("ppl_negative", 99999.0) == "99999.00"
+    assert report.format_number("ppl_negative", 2960795.87) == "2.96e+06"
+    assert report.format_number("ppl_negative", -2960795.87, signed=True) == "-2.96e+06"
+    assert report.format_number("toxicity_fraction", -0.25, signed=True) == "-25.0 pt"
+    places = {"free": compared(sample_ppl_base=(2.3, 3e9, 1e9, 5e9), sample_ppl_base_mean=(9e4, 9.99e4, -5e4, 5e4))}
+    table = report.evaluation_table(places, ["fluency"], {"free": "250"})
+    assert max(map(len, table.split("\n"))) <= report.WIDTH
+
+
+def test_compared_runs_fit_the_width_also_when_they_have_exploded(tmp_path, capsys):
+    """The numbers of runs that lost their language, whose spread is larger than they are; long labels as well."""
+    settings = dict(objective="cp", init_from="configs/toy_base.py", data="x" * 30 + "/" + "y" * 40, anchor_nll=0.5)
+    for i, x in enumerate((1.0, 30.0, 3e3, 2.9e6, 1e30) * 2):
+        tuned = dict(toxicity_fraction=(i % 2) / 1, toxicity_fraction_prompted=0.5, ppl_positive=2 * x, dist_2=0.512)
+        tuned |= dict(ppl_negative=9e4 * x, rank_accuracy=1.0, sample_ppl_base=94.05 * x, sample_ppl_base_prompted=x)
+        base = dict.fromkeys(tuned, 0.5)
+        (tmp_path / str(i)).mkdir()
+        kind = 1 + i // 5
+        config = settings | dict(seed=i, tau=kind / 4, lr=1e-5 * kind, data=settings["data"] * kind)
+        summary = json.dumps(dict(config=config, base=base, tuned=tuned))
+        (tmp_path / str(i) / "summary.json").write_text(summary)
+    for runs in (range(10), range(3), [4]):
+        report.compare_runs([tmp_path / str(i) for i in runs])
+        lines = capsys.readouterr().out.split("\n")
+        assert [line for line in lines if len(line) > report.WIDTH] == [] and len(lines) > 6

@@ -1,19 +1,30 @@
-"""data.ngram_train: features, scoring, training against slow references, the command, the shipped weights."""
+"""measures.ngram_train: features, scoring, training against slow references, the command, the shipped weights."""
 
 import json
 import math
 import subprocess
 import sys
 import zlib
+from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from data import ngram, ngram_train
-from data.ngram import Model, features, load, score, units, windows
-from data.ngram_train import auc, bins, calibration_error, main, read_rtp
+from measures import ngram, ngram_train
+from measures.ngram import Model, features, load, score, units, word_windows
+from measures.ngram_train import main, read_rtp
+from measures.statistics import pair_auc
 
+PLAIN = """The train leaves at nine.|We planted tomatoes in the garden.|Could you pass me the salt, please?
+My sister plays the piano in the evening.|The library is open until six on Fridays.|It rained all day yesterday.
+He forgot his umbrella on the bus.|The meeting was moved to Tuesday.|I would like a cup of tea.|Dinner is ready.
+They painted the kitchen yellow.|The dog is asleep under the table.|She found a new job in the city.
+We took the children to the museum.|The soup needs a little more pepper.|Her flight was two hours late.
+The shop on the corner sells fresh bread.|Please close the window, it is cold.|I am reading a book about bridges.
+The team won the match by two points.|Our car is at the garage this week.|Good morning, how did you sleep?
+The recipe asks for three eggs and some flour.|He apologised and promised to call.""".replace("\n", "|").split("|")
 ROOT = Path(__file__).resolve().parents[1]
 RTP = ROOT.parent / "shared" / "rtp" / "train.jsonl"
 ODD = [
@@ -57,11 +68,11 @@ def rtp(tmp_path, monkeypatch):
 
 def test_units_and_windows():
     """Words are case-folded and normalised, each unit is there once; long texts fall into nearly equal windows."""
-    assert windows("The cat, the CAT! Don’t d*mn") == [["the", "cat", "the", "cat", "don’t", "d*mn"]]
+    assert word_windows("The cat, the CAT! Don’t d*mn") == [["the", "cat", "the", "cat", "don’t", "d*mn"]]
     assert units(["a", "b", "a", "b"]) == ["a", "b", "a b", "b a"] and units([]) == []
-    assert windows("") == windows("?!") == [[]] and windows("Ｆｕｌｌ") == [["full"]]
+    assert word_windows("") == word_windows("?!") == [[]] and word_windows("Ｆｕｌｌ") == [["full"]]
     for n in (1, 40, 41, 80, 81, 1000):
-        cut = windows(" ".join(map(str, range(n))))
+        cut = word_windows(" ".join(map(str, range(n))))
         sizes = [len(words) for words in cut]
         assert len(cut) == -(-n // 40) and max(sizes) - min(sizes) <= 1
         assert [w for words in cut for w in words] == list(map(str, range(n)))
@@ -70,11 +81,11 @@ def test_units_and_windows():
 def test_features_by_hand():
     """A word is itself and its 4- and 5-grams, which share a norm of 3; a pair is one feature. Hashes are CRC-32."""
     grams = ["<cat", "cats", "ats>", "<cats", "cats>"]
-    index, value = features("cats")
-    assert index == [zlib.crc32(g.encode()) % 2**18 for g in ["<cats>", *grams]]
+    index, value = zip(*features("cats"), strict=True)
+    assert list(index) == [zlib.crc32(g.encode()) % 2**18 for g in ["<cats>", *grams]]
     assert value == pytest.approx([1.0] + [3 / math.sqrt(5)] * 5)
-    assert features("a cat") == ([zlib.crc32(b"a cat") % 2**18], [0.3])
-    assert features("a") == ([zlib.crc32(b"<a>") % 2**18], [1.0])
+    assert features("a cat") == [(zlib.crc32(b"a cat") % 2**18, 0.3)]
+    assert features("a") == [(zlib.crc32(b"<a>") % 2**18, 1.0)]
 
 
 def test_logit_by_hand():
@@ -102,22 +113,23 @@ def test_scores_are_probabilities():
 
 def test_a_score_depends_on_its_text_alone():
     """Bit for bit the same in any order, alone or in a batch, remembered or not."""
-    texts = [*ODD, *ngram_train.PLAIN, *ngram_train.HARD, *ngram_train.HARD]
+    texts = [*ODD, *PLAIN, *ngram_train.HARD, *ngram_train.HARD]
     got = score(texts)
     fresh = Model(load().weights, load().scale, load().bias)
     assert got.tolist() == score(texts[::-1])[::-1].tolist() == [fresh.score([t])[0] for t in texts]
 
 
-def test_the_memory_is_bounded():
-    """Neither many units nor long ones pile up."""
+def test_the_memory_is_bounded(monkeypatch):
+    """Units do not pile up, whatever comes."""
+    monkeypatch.setattr(ngram, "CACHE", 10)
     model = Model(np.zeros(ngram.SIZE, dtype=np.int8), 1, 0)
-    model.score(["x" * 1000, " ".join(["y" * 30] * 2)])
-    assert model.remembered.cache_info().currsize == 1 and model.remembered.cache_info().maxsize == ngram.CACHE
+    model.score([" ".join(map(str, range(100)))])
+    assert model.evidence.cache_info().currsize == 10
 
 
 def test_scores_are_the_same_in_another_process():
     """Python's hash() would differ: strings are hashed with a new seed in every process."""
-    code = "from data.ngram import score; print(score(['You silly old fool', 'Good morning']).tolist())"
+    code = "from measures.ngram import score; print(score(['You silly old fool', 'Good morning']).tolist())"
     told = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout]
     assert json.loads(told[0]) == score(["You silly old fool", "Good morning"]).tolist()
 
@@ -137,7 +149,7 @@ def test_bad_weight_files(tmp_path, content):
         np.savez(path, **content)
     else:
         path.write_bytes(ngram.PATH.read_bytes()[:5000] if content == "cut" else content)
-    with pytest.raises(ValueError, match="train it: python -m data.ngram_train --rtp=FILE.jsonl") as e:
+    with pytest.raises(ValueError, match="train it: python -m measures.ngram_train --rtp=FILE.jsonl") as e:
         load(path)
     assert str(path) in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(FileNotFoundError, match="no weights of the ngram scorer at .*train it"):
@@ -154,62 +166,80 @@ def test_auc_against_pairs():
     for _ in range(30):
         scores, labels = rng.integers(0, 6, 25) / 5, rng.random(25) < 0.4
         pairs = [(a > b) + 0.5 * (a == b) for a in scores[labels] for b in scores[~labels]]
-        assert auc(scores, labels) == pytest.approx(np.mean(pairs))
-    assert math.isnan(auc([0.1, 0.2], [True, True])) and auc([0.1, 0.9], [False, True]) == 1
+        assert pair_auc(scores[~labels], scores[labels]) == pytest.approx(np.mean(pairs))
+    assert math.isnan(pair_auc([], [0.1, 0.2])) and pair_auc([0.1], [0.9]) == 1
 
 
-def test_calibration_by_hand():
-    """A score of 1 falls into the last bin; empty bins count nothing."""
-    scores, labels = np.array([0.05, 0.15, 0.12, 1.0]), np.array([False, True, False, True])
-    got = bins(scores, labels)
-    assert [n for *_, n in got] == [1, 2, 0, 0, 0, 0, 0, 0, 0, 1] and got[1][2:4] == pytest.approx((0.135, 0.5))
-    assert calibration_error(scores, labels) == pytest.approx((0.05 + 2 * 0.365 + 0) / 4)
+def test_held_out_tables_by_hand():
+    """Shares of four texts; a score of 1 falls into the last bin, and empty bins have no mean."""
+    scores, toxicity = np.array([0.05, 0.15, 0.12, 1.0]), (0.1, 0.6, 0.3, 0.9)
+    held = np.array([(4, "prompt", "a b", t) for t in toxicity], dtype=object)
+    card = ngram_train.held_out_section(Namespace(score=lambda texts: scores), held, 0.9)
+    assert "| all | 4 | 50.0% | 1.000 | 75.0% | 100.0% | 50.0% | 0.0% | 0.0% |" in card
+    assert "| continuations | 0 | - | - | - | - | - | - | - |" in card
+    for row in ("0.0 to 0.1 | 0.050 | 0.0% | 1", "0.1 to 0.2 | 0.135 | 50.0% | 2", "0.2 to 0.3 | - | - | 0"):
+        assert f"| {row} |" in card
+    assert "| 0.9 to 1.0 | 1.000 | 100.0% | 1 |" in card
 
 
 def slow_loss(x, texts, targets):
-    """The objective text by text, from the definition."""
+    """The objective text by text, from the definition; x is a list."""
     total = ngram_train.PENALTY / 2 * sum(w * w for w in x[:-1] if w)
     for text, target in zip(texts, targets, strict=True):
-        z, words = 0.0, windows(text)[0]
+        z, words = 0.0, word_windows(text)[0]
         for u in units(words):
-            s = sum(v * x[i] for i, v in zip(*features(u), strict=True))
+            s = sum(v * x[i] for i, v in features(u))
             z += s if s > 0 else ngram.LEAK * s
         p = ngram.sigmoid(x[-1] + z / max(1, len(words)) ** ngram.POWER)
         total -= target * math.log(p) + (1 - target) * math.log(1 - p)
     return total
 
 
-def test_objective_against_a_slow_loop():
+def test_loss_against_a_slow_loop():
     """Value from the definition; gradient by central differences, at 30 features in use, one unused, and the bias."""
-    texts, targets = ["the cat sat on the mat", "", "you blorp you", "a cat", "!"], np.array([0.1, 0.3, 0.9, 0.4, 1.0])
-    loss, start = ngram_train.objective(texts, targets)
-    used = sorted({i for t in texts for u in units(windows(t)[0]) for i in features(u)[0]})
-    x = start.copy()
-    x[used] = np.random.default_rng(2).normal(size=len(used))
-    value, gradient = loss(x)
-    assert value == pytest.approx(slow_loss(x, texts, targets), rel=1e-12)
+    texts, targets = ["the cat sat on the mat", "", "you blorp you", "a cat", "!"], [0.1, 0.3, 0.9, 0.4, 1.0]
+    logits, targets = ngram_train.logit_function(texts), torch.tensor(targets, dtype=torch.float64)
+    loss = lambda x: ngram_train.training_loss(x, logits(x), targets)  # noqa: E731
+    used = sorted({i for t in texts for u in units(word_windows(t)[0]) for i, _ in features(u)})
+    x = torch.zeros(ngram.SIZE + 1, dtype=torch.float64)
+    x[used] = torch.from_numpy(np.random.default_rng(2).normal(size=len(used)))
+    x[-1] = -0.5
+    x.requires_grad_()
+    value = loss(x)
+    value.backward()
+    assert value.item() == pytest.approx(slow_loss(x.tolist(), texts, targets.tolist()), rel=1e-12)
     unused = next(i for i in range(ngram.SIZE) if i not in used)
-    assert gradient[unused] == 0 and np.count_nonzero(gradient) == len(used) + 1
+    assert x.grad[unused] == 0 and x.grad.count_nonzero() == len(used) + 1
     for i in [*used[:30], unused, ngram.SIZE]:
-        step = np.zeros_like(x)
+        step = torch.zeros_like(x)
         step[i] = 1e-5
-        assert gradient[i] == pytest.approx((loss(x + step)[0] - loss(x - step)[0]) / 2e-5, rel=1e-5, abs=1e-7)
+        slope = (loss(x + step) - loss(x - step)).item() / 2e-5
+        assert x.grad[i].item() == pytest.approx(slope, rel=1e-5, abs=1e-7)
+
+
+def test_logits_of_training_are_those_of_the_model():
+    """On texts of one window, for the same weights; of a longer text the first window counts."""
+    logits = ngram_train.logit_function([*PLAIN, *ODD, "word " * 50])
+    x = torch.from_numpy(np.append(load().scale * load().weights, load().bias))
+    expected = [load().logit(t) for t in [*PLAIN, *ODD, "word " * 25]]
+    assert logits(x).tolist() == pytest.approx(expected, rel=1e-12)
 
 
 def test_minimise_finds_the_minimum():
     """Of a badly scaled quadratic: the solution of the linear system."""
     rng = np.random.default_rng(3)
     a = rng.normal(size=(12, 12))
-    a, b = a @ a.T + np.diag(np.logspace(-1, 2, 12)), rng.normal(size=12)
-    x = ngram_train.minimise(lambda x: (x @ a @ x / 2 - b @ x, a @ x - b), np.zeros(12), "test")
-    assert x == pytest.approx(np.linalg.solve(a, b), abs=1e-5)
+    a, b = torch.from_numpy(a @ a.T + np.diag(np.logspace(-1, 2, 12))), torch.from_numpy(rng.normal(size=12))
+    x = ngram_train.minimise(lambda x: x @ a @ x / 2 - b @ x, torch.zeros(12, dtype=torch.float64))
+    assert x.numpy() == pytest.approx(torch.linalg.solve(a, b).numpy(), abs=1e-5)
 
 
 def test_calibrate_recovers_a_line():
     """Labels drawn from sigmoid(2 z - 1): slope and shift within four standard errors (about 0.03 each)."""
     rng = np.random.default_rng(4)
     z = rng.normal(size=20_000)
-    slope, shift = ngram_train.calibrate(z, rng.random(20_000) < 1 / (1 + np.exp(1 - 2 * z)))
+    toxic = rng.random(20_000) < 1 / (1 + np.exp(1 - 2 * z))
+    slope, shift = ngram_train.calibrate(torch.from_numpy(z), torch.from_numpy(toxic))
     assert slope == pytest.approx(2, abs=0.12) and shift == pytest.approx(-1, abs=0.12)
 
 
@@ -224,7 +254,7 @@ def test_train_end_to_end(rtp, tmp_path, capsys):
     assert f"wrote {tmp_path / 'a.npz'}" in capsys.readouterr().out
     assert (tmp_path / "a.npz").read_bytes() == (tmp_path / "b.npz").read_bytes()
     card = (tmp_path / "a.md").read_text()
-    assert card == (tmp_path / "b.md").read_text() and not list(tmp_path.glob("*.part"))
+    assert card == (tmp_path / "b.md").read_text() and not list(tmp_path.glob("*.tmp"))
     assert ngram_train.hashlib.sha256((tmp_path / "a.npz").read_bytes()).hexdigest()[:12] in card
     assert "| the file | 200 rows" in card and "; 1 texts dropped" in card and "nan" not in card
     got = load(tmp_path / "a.npz").score(["Emma saw the bus you blorp", "Emma saw the bus", "blorp"])
@@ -245,12 +275,12 @@ def test_train_with_groups(rtp, tmp_path):
     model, card = ngram_train.build(rtp, path, tmp_path / "w.npz")
     assert model.score(["Anna the zilch"])[0] > 0.5
     assert "80 harmless, 40 toxic training sentences" in card and "--groups=GROUPS.jsonl" in card
-    for row in ("positives | 2 | 0.0 %", "explicit negatives | 2 | 100.0 %", "implicit negatives | 2 | 0.0 %"):
-        assert f"| {row} |" in card
+    for row in ("positives | 2 | 0.0%", "explicit negatives | 2 | 100.0%", "implicit negatives | 2 | 0.0%"):
+        assert f"| test split, {row} |" in card
     for bad in ([7], ["not there"], [[1]], 3):
         groups[40]["implicit"] = bad
         path.write_text("\n".join(map(json.dumps, groups)))
-        with pytest.raises(ValueError, match="group '41': .*implicit"):
+        with pytest.raises(ValueError, match=":41: 41: 'implicit' must"):
             ngram_train.build(rtp, path, tmp_path / "w.npz")
 
 
@@ -298,7 +328,7 @@ def test_bad_commands(rtp, tmp_path, capsys):
         assert says in str(e.value) and "\n" not in str(e.value)
     with pytest.raises(SystemExit):
         main([])
-    assert capsys.readouterr().err == "data.ngram_train: the following arguments are required: --rtp\n"
+    assert capsys.readouterr().err == "measures.ngram_train: the following arguments are required: --rtp\n"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -326,9 +356,7 @@ def test_shipped_weights_know_rude_from_polite():
         "The committee will publish its report in March.|Have a lovely weekend, all of you."
     ).split("|")
     assert {t: s for t, s in zip(rude, score(rude), strict=True) if s <= 0.5} == {}
-    assert {
-        t: s for t, s in zip([*kind, *ngram_train.PLAIN], score([*kind, *ngram_train.PLAIN]), strict=True) if s > 0.5
-    } == {}
+    assert {t: s for t, s in zip([*kind, *PLAIN], score([*kind, *PLAIN]), strict=True) if s > 0.5} == {}
 
 
 def test_shipped_weights_on_held_out_rows():
@@ -337,8 +365,8 @@ def test_shipped_weights_on_held_out_rows():
         pytest.skip(f"{RTP} with RealToxicityPrompts rows is not there")
     held = [x for x in read_rtp(RTP)[0] if x[0] % ngram_train.HOLD_OUT == ngram_train.HOLD_OUT - 1]
     toxicity, got = np.array([t for *_, t in held]), score([text for _, _, text, _ in held])
-    area, wrong = auc(got, toxicity >= 0.5), (got[toxicity < 0.2] > 0.5).mean()
+    area, wrong = pair_auc(got[toxicity < 0.5], got[toxicity >= 0.5]), (got[toxicity < 0.2] > 0.5).mean()
     recall = (got[toxicity >= 0.5] > 0.5).mean()
     assert len(held) > 1900 and area >= 0.91 and wrong <= 0.08 and recall >= 0.6
     line = next(x for x in ngram.PATH.with_suffix(".md").read_text().split("\n") if x.startswith("| all |"))
-    assert f"| {area:.3f} |" in line and f"| {100 * wrong:.1f} % |" in line and f"| {100 * recall:.1f} % |" in line
+    assert f"| {area:.3f} |" in line and f"| {wrong:.1%} |" in line and f"| {recall:.1%} |" in line

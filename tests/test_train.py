@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,15 +17,28 @@ import pytest
 import torch
 
 import data
-import eval as evaluation
 import train
 from configs import Config, load_config
-from data import report
+from engine import device
 from loss import contrastive_perplexity
+from measures import Setup, report
+from measures.groups import measure_groups
+from measures.samples import (
+    continue_prompts,
+    cut_prompts,
+    decode,
+    draw_samples,
+    measure_model,
+    measure_samples,
+    sample_harmless,
+)
+from measures.scorers import get_scorer
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
+READMES = [ROOT / folder / "README.md" for folder in ("", "configs")]
+UNSHIPPED = shutil.ignore_patterns("__pycache__", "downloads")
 FEW = "--anchor_texts=4 --anchor_batch=4 --anchor_tokens=16".split()
 SMALL = "--eval_samples=25 --eval_groups=4 --sample_tokens=12 --batch_size=4".split()
 
@@ -34,19 +48,19 @@ def base(tmp_path_factory):
     """A toy base of a few seconds: knows the words, not the grammar."""
     out = tmp_path_factory.mktemp("base")
     flags = ["--max_steps=30", "--warmup_steps=3", "--n_layer=1", "--n_embd=48", "--n_head=2", f"--out_dir={out}"]
-    train.train(load_config([str(ROOT / "configs/toy_base.py"), "--eval_interval=0", *SMALL, *flags]))
+    train.train(load_config("train", [str(ROOT / "configs/toy_base.py"), "--eval_interval=0", *SMALL, *flags]))
     return out / "best.pt"
 
 
 @pytest.fixture(autouse=True)
 def quick_closing(monkeypatch):
-    monkeypatch.setattr(evaluation, "CLOSING", 25)
+    monkeypatch.setattr(train, "CLOSING", 25)
 
 
 def cp_config(base, out, *flags):
     steps = ["--max_steps=6", "--warmup_steps=1", "--eval_interval=3"]
     where = [f"--init_from={base}", f"--out_dir={out}"]
-    return load_config([str(ROOT / "configs/toy_cp.py"), *where, *SMALL, *steps, *flags])
+    return load_config("train", [str(ROOT / "configs/toy_cp.py"), *where, *SMALL, *steps, *flags])
 
 
 @pytest.fixture(scope="session")
@@ -91,8 +105,9 @@ def test_a_run_writes_what_it_says(base, tmp_path, capsys):
         "after toxic prompts",
     ):
         assert word in out, word
+    assert f"written to {tmp_path / 'run'}: {', '.join(train.WRITTEN)}" in out
     for name in train.WRITTEN:
-        assert (tmp_path / "run" / name).is_file() and str(tmp_path / "run" / name) in out
+        assert (tmp_path / "run" / name).is_file() and name in out
     assert not list((tmp_path / "run").glob("*.tmp"))
     shown = [n if p != "prompted" else f"{n}_prompted" for p, ns in report.CLOSING_ROWS.items() for n in ns]
     promised = "toxicity_fraction toxicity_fraction_prompted ppl_positive ppl_negative rank_accuracy signed_gap"
@@ -126,17 +141,33 @@ def test_same_seed_same_run_other_seed_other_run(base, tmp_path):
     assert records(tmp_path / "a") == records(tmp_path / "b")
 
 
-def test_resume_is_exact(base, tmp_path):
-    """2N steps equal N, and N after resuming, bit for bit: weights, optimiser, log. (lr is constant: one schedule.)"""
-    constant = ("--lr=1e-3", "--min_lr=1e-3")
-    train.train(cp_config(base, tmp_path / "whole", *constant))
-    train.train(cp_config(base, tmp_path / "parts", *constant, "--max_steps=3"))
-    train.train(cp_config(base, tmp_path / "parts", *constant, "--resume"))
+def stop_after(steps, config):
+    """Train, and press Ctrl-C in the last of so many steps: it is finished and saved."""
+    real = train.update
+
+    def update(run, *args):
+        if run.step == steps - 1:
+            signal.raise_signal(signal.SIGINT)
+        return real(run, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "update", update)
+        assert train.train(config) is None
+    assert state(Path(config.out_dir) / "last.pt")["step"] == steps
+
+
+@pytest.mark.parametrize(("lr", "stop", "best"), [("--lr=1e-3", 3, 6), ("--lr=1e-2", 4, 3)])
+def test_resume_is_exact(base, tmp_path, lr, stop, best):
+    """2N steps equal N, and N after resuming, bit for bit: weights, optimiser, log; wherever it stopped, and also where
+    the best step was before that."""
+    train.train(cp_config(base, tmp_path / "whole", lr))
+    stop_after(stop, cp_config(base, tmp_path / "parts", lr))
+    train.train(cp_config(base, tmp_path / "parts", lr, "--resume"))
     whole, parts = (state(tmp_path / n / "last.pt") for n in ("whole", "parts"))
     assert_same(whole["model"], parts["model"])
     for i, s in whole["optimizer"]["state"].items():
         assert_same(s, parts["optimizer"]["state"][i])
-    assert whole["best"] == parts["best"]
+    assert whole["best"] == parts["best"] and whole["best"]["step"] == best
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
 
 
@@ -189,6 +220,24 @@ def test_objective_is_what_its_parts_say(base, tmp_path):
     torch.testing.assert_close(parts["cp"], contrastive_perplexity(phi[:, :5], phi[:, 5:], tau=config.tau)[0])
 
 
+@pytest.mark.parametrize("anchor", ["--anchor_nll=1", "--anchor_kl=1", "--kl_weight=1"])
+def test_an_anchor_is_an_objective_of_its_own(base, tmp_path, anchor):
+    """Without contrast and positives the loss is the anchor: the base's own texts, of which it can still learn; from
+    itself it has nowhere to go."""
+    flags = ["--cp_weight=0", "--nll_weight=0", anchor, *FEW, "--max_steps=20", "--lr=5e-3", "--eval_interval=0"]
+    train.train(cp_config(base, tmp_path, *flags))
+    log = [r for r in records(tmp_path) if r["split"] == "train"]
+    key = {"--kl_weight=1": "kl"}.get(anchor, anchor[2:-2])
+    assert len(log) == 20 and [r["loss"] for r in log] == pytest.approx([r[key] for r in log], rel=1e-5)
+    before, after = state(base)["model"]["lm_head.weight"], state(tmp_path / "last.pt")["model"]["lm_head.weight"]
+    if "nll" in anchor:
+        assert log[-1]["loss"] < log[0]["loss"] - 0.5 and not torch.equal(before, after)
+    else:
+        assert all(abs(r["loss"]) < 1e-2 for r in log)
+    with pytest.raises(SystemExit):
+        cp_config(base, tmp_path, "--cp_weight=0", "--nll_weight=0")
+
+
 def test_the_anchors_are_kl_and_nll_per_token_of_what_the_base_wrote(base, tmp_path):
     config = cp_config(
         base, tmp_path, *"--anchor_kl=3 --anchor_nll=0.5 --anchor_texts=9 --anchor_batch=4 --anchor_tokens=9".split()
@@ -216,30 +265,27 @@ def test_the_bases_own_texts_are_not_toxic_and_always_the_same(base, tmp_path):
     whole distribution, whatever the samples' settings are."""
     run = train.set_up(cp_config(base, tmp_path))
     config = cp_config(base, tmp_path, "--anchor_texts=40", "--anchor_tokens=15", "--temperature=0")
-    groups, tokenizer = data.load_groups("toy")["train"], run.tokenizer
-    make = lambda scorer=run.scorer, c=config: train.own_texts(run.base, tokenizer, scorer, c, groups)  # noqa: E731
-    batches, again = make(), make()
-    rows = [x[0][0] for x in batches.encoded]
-    assert rows == [x[0][0] for x in again.encoded] and batches.starts == again.starts and len(rows) == 40
-    begun = [tokenizer.decode(r[1:s]) for r, s in zip(rows, batches.starts, strict=True)]
-    written = [tokenizer.decode(r[s:]) for r, s in zip(rows, batches.starts, strict=True)]
+    groups, tokenizer, judge = data.load_groups("toy")["train"], run.setup.tokenizer, run.setup.scorer
+    make = lambda scorer=judge, c=config: sample_harmless(run.base, tokenizer, scorer, c, groups)  # noqa: E731
+    rows, starts = make()
+    assert make() == (rows, starts) and len(rows) == 40
+    begun = [tokenizer.decode(r[1:s]) for r, s in zip(rows, starts, strict=True)]
+    written = [tokenizer.decode(r[s:]) for r, s in zip(rows, starts, strict=True)]
     assert 8 < sum(not b for b in begun) < 32
-    begins = set(evaluation.cut_prompts([g.negatives for g in groups], run.scorer, 0))
-    assert all(b in begins for b in begun if b) and not (run.scorer(written) > 0.5).any()
-    assert max(len(r) - s for r, s in zip(rows, batches.starts, strict=True)) <= 15 and len(set(written)) > 30
+    begins = set(cut_prompts([g.negatives for g in groups], judge, 0))
+    assert all(b in begins for b in begun if b) and not (judge(written) > 0.5).any()
+    assert max(len(r) - s for r, s in zip(rows, starts, strict=True)) <= 15 and len(set(written)) > 30
     assert {r[-1] == tokenizer.eot_token for r in rows} == {True, False}  # ended, and cut
-    free = make(c=cp_config(base, tmp_path, "--anchor_texts=40", "--anchor_prompted=0"))
-    assert set(free.starts) == {1}
+    _, free = make(c=cp_config(base, tmp_path, "--anchor_texts=40", "--anchor_prompted=0"))
+    assert set(free) == {1}
     with pytest.raises(ValueError, match="of 400 texts of the base data.toy:rudeness calls all but 0 toxic"):
-        make(scorer=lambda texts: np.ones(len(texts)) if len(texts) == 40 else run.scorer(texts))
+        make(scorer=lambda texts: np.ones(len(texts)) if len(texts) == 40 else judge(texts))
 
 
 def test_resume_is_exact_with_anchors(base, tmp_path):
-    flags = (
-        "--lr=1e-3 --min_lr=1e-3 --anchor_kl=1 --anchor_nll=1 --anchor_texts=8 --anchor_tokens=9 --freeze_embeddings"
-    )
+    flags = "--lr=1e-3 --anchor_kl=1 --anchor_nll=1 --anchor_texts=8 --anchor_tokens=9 --freeze_embeddings"
     train.train(cp_config(base, tmp_path / "whole", *flags.split()))
-    train.train(cp_config(base, tmp_path / "parts", *flags.split(), "--max_steps=3"))
+    stop_after(3, cp_config(base, tmp_path / "parts", *flags.split()))
     train.train(cp_config(base, tmp_path / "parts", *flags.split(), "--resume"))
     assert_same(*(state(tmp_path / n / "last.pt")["model"] for n in ("whole", "parts")))
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
@@ -280,10 +326,10 @@ def test_checkpoints_hold_plain_types_and_no_compiler_names(base, tmp_path):
 
 
 def test_learning_rate_schedule():
-    config = Config(init_from="x", lr=1.0, min_lr=0.1, warmup_steps=4, max_steps=14)
+    config = Config(init_from="x", lr=1.0, warmup_steps=4, max_steps=14)
     rates = [train.learning_rate(i, config) for i in range(15)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
-    assert rates[4] == 1.0 and rates[9] == pytest.approx(0.55) and rates[14] == pytest.approx(0.1)
+    assert rates[4] == 1.0 and rates[9] == pytest.approx(0.5) and rates[14] == pytest.approx(0, abs=1e-12)
 
 
 def test_compile_failure_is_told_and_survived(base, tmp_path, monkeypatch, capsys):
@@ -293,21 +339,21 @@ def test_compile_failure_is_told_and_survived(base, tmp_path, monkeypatch, capsy
     monkeypatch.setattr(torch, "compile", lambda f: fails)
     run = train.set_up(cp_config(base, tmp_path, "--compile=yes"))
     assert run.model.compiled_hidden is None
-    assert "torch.compile off (it failed here: no compiler here)" in capsys.readouterr().out
+    assert re.search(r"^compile +off \(it failed here: no compiler here\)", capsys.readouterr().out, re.M)
 
 
 def test_dtype_and_device_choice(monkeypatch):
-    dtype, reason = train.pick_dtype("auto", torch.device("cpu"), width=64)
+    dtype, reason = device.pick_dtype("auto", torch.device("cpu"), width=64)
     assert dtype == torch.float32 and "narrow" in reason
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
-    assert train.pick_dtype("auto", torch.device("cuda"), 768)[0] == torch.bfloat16
+    assert device.pick_dtype("auto", torch.device("cuda"), 768)[0] == torch.bfloat16
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    assert train.pick_dtype("auto", torch.device("cuda"), 768)[0] == torch.float16
+    assert device.pick_dtype("auto", torch.device("cuda"), 768)[0] == torch.float16
     with pytest.raises(ValueError, match="float16 needs"):
-        train.pick_dtype("float16", torch.device("cpu"), 768)
+        device.pick_dtype("float16", torch.device("cpu"), 768)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda is not available"):
-        train.pick_device("cuda")
+        device.pick_device("cuda")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -318,14 +364,15 @@ def test_validation_measures_groups_and_both_kinds_of_samples(base, tmp_path):
     """Those of the held-out groups, of free samples in sets of k, and of as many continuations of toxic prompts."""
     run = train.set_up(cp_config(base, tmp_path, "--k=5"))
     measured = train.validate(run, run.base)
-    rows = evaluation.measure_groups(run.base, run.held_out, run.tokenizer, run.config)
+    tokenizer, scorer = run.setup.tokenizer, run.setup.scorer
+    rows = measure_groups(run.base, run.held_out, tokenizer, run.config.max_tokens)
     assert {k: measured[k] for k in rows} == report.summarise({"groups": rows})["groups"]
-    args = (run.base, run.base, run.tokenizer, run.config)
-    free = evaluation.draw(*args, [""] * 5, 5, seed=0)
-    prompts = evaluation.cut_prompts([g.negatives for g in run.held_out], run.scorer, 25)
-    prompted = evaluation.draw(*args, prompts, 1, seed=1000)
+    args = (run.base, run.base, tokenizer, run.config)
+    free = draw_samples(*args, [""] * 5, 5, seed=0)
+    prompts = cut_prompts([g.negatives for g in run.held_out], scorer, 25)
+    prompted = draw_samples(*args, prompts, 1, seed=1000)
     for drawn, end in ((free, ""), (prompted, "_prompted")):
-        rows = evaluation.measure_samples(drawn, run.scorer)
+        rows = measure_samples(drawn, scorer)
         for name, number in report.summarise({"x": rows})["x"].items():
             assert measured[name + end] == pytest.approx(number, nan_ok=True), name + end
     assert len(prompts) == 25 and measured == train.validate(run, run.base)  # the same random numbers at every call
@@ -333,20 +380,26 @@ def test_validation_measures_groups_and_both_kinds_of_samples(base, tmp_path):
 
 def test_few_toxic_prompts_are_used_several_times(base, monkeypatch):
     """n continuations are drawn also where the groups hold fewer sentences."""
-    drawn, real = [], evaluation.draw
-    monkeypatch.setattr(evaluation, "draw", lambda *a, **k: drawn.append(a[4]) or real(*a, **k))
-    model, tokenizer, scorer = (
-        GPT.from_pretrained(base),
-        data.get_tokenizer("toy"),
-        data.get_scorer("data.toy:rudeness"),
-    )
+    drawn, record = [], lambda *a, **k: drawn.append(a[4]) or draw_samples(*a, **k)  # noqa: E731
+    monkeypatch.setattr("measures.samples.draw_samples", record)
+    model, tokenizer, scorer = GPT.from_pretrained(base), data.get_tokenizer("toy"), get_scorer("data.toy:rudeness")
+    setup = Setup({"model": model}, tokenizer, scorer, model.device, torch.float32)
     groups = [
         data.Group("a", "i", ["p"], ["By the way, this damn cook left the door.", "Oh what a moron he is."], "test")
     ]
     config = Config(init_from="x", tokenizer="toy", sample_tokens=4, k=2)
-    _, shown = evaluation.evaluate(model, model, groups, tokenizer, scorer, config, 3, seed=0)
+    _, shown = measure_model(model, model, groups, setup, config, 3, seed=0)
     assert drawn == [["", ""], ["By the way, this damn", "Oh what a moron", "By the way, this damn"]]
     assert [len(pairs) for pairs in shown.values()] == [3, 3]
+
+
+def test_a_validation_fits_in_a_line():
+    """Also one of a model that writes nothing but insults and salad."""
+    m = dict(toxicity_fraction=1.0, toxicity_fraction_prompted=1.0, ppl_positive=13150.0, ppl_negative=10260.0)
+    line = train.validation_line(12345, 12.627, m | dict(sample_ppl_base=84770.0))
+    assert len(line) <= report.WIDTH and "toxic free 100% prompted 100%" in line and line.endswith("cost 12.6")
+    line = train.validation_line(100, 0.0874, m | dict(ppl_positive=2.204, ppl_negative=340.1, sample_ppl_base=2.336))
+    assert "ppl pos 2.2 neg 340 free 2.34 | cost 0.0874" in line
 
 
 def test_cost_and_warnings_know_word_salad():
@@ -354,13 +407,13 @@ def test_cost_and_warnings_know_word_salad():
     base |= dict(sample_ppl_base_prompted=2.0, dist_2=0.6, signed_gap=0.1, rank_accuracy=0.5)
     good = base | dict(toxicity_fraction=0.0, toxicity_fraction_prompted=0.1, signed_gap=2.0)
     salad = good | dict(sample_ppl_base=8.0, rank_accuracy=1.0)
-    assert report.cost(base, base) == pytest.approx(0.65)
-    assert report.cost(good, base) == pytest.approx(0.05)
-    assert report.cost(salad, base) == pytest.approx(0.05 + math.log(4))
-    assert report.cost(good | dict(ppl_positive=3.0), base) == pytest.approx(0.05 + math.log(1.5))
-    assert report.cost(good | dict(dist_2=0.3), base) == pytest.approx(0.55)
+    assert report.selection_cost(base, base) == pytest.approx(0.65)
+    assert report.selection_cost(good, base) == pytest.approx(0.05)
+    assert report.selection_cost(salad, base) == pytest.approx(0.05 + math.log(4))
+    assert report.selection_cost(good | dict(ppl_positive=3.0), base) == pytest.approx(0.05 + math.log(1.5))
+    assert report.selection_cost(good | dict(dist_2=0.3), base) == pytest.approx(0.55)
     better = good | dict(ppl_positive=1.0, sample_ppl_base=1.0, sample_ppl_base_prompted=1.0, dist_2=0.9)
-    assert report.cost(better, base) == pytest.approx(0.05)  # nothing is earned back
+    assert report.selection_cost(better, base) == pytest.approx(0.05)  # nothing is earned back
     assert report.warnings(good, base) == [] and report.warnings(base, base) == []
     assert "word salad" in report.warnings(salad, base)[0] and "100%" in report.warnings(salad, base)[0]
     assert "forgetting" in report.warnings(good | dict(ppl_positive=3.0), base)[0]
@@ -373,8 +426,9 @@ def test_a_decent_answer_to_an_insult_may_surprise_the_base():
     base = dict(toxicity_fraction=0.5, toxicity_fraction_prompted=0.8, ppl_positive=2.0, sample_ppl_base=2.0)
     base |= dict(sample_ppl_base_prompted=2.0, dist_2=0.6)
     calm, salad = base | dict(sample_ppl_base_prompted=4.0), base | dict(sample_ppl_base_prompted=20.0)
-    assert report.cost(calm, base) == pytest.approx(report.cost(base, base)) and report.warnings(calm, base) == []
-    assert report.cost(salad, base) == pytest.approx(report.cost(base, base) + math.log(10 / report.FREE))
+    cost = report.selection_cost
+    assert cost(calm, base) == pytest.approx(cost(base, base)) and report.warnings(calm, base) == []
+    assert cost(salad, base) == pytest.approx(cost(base, base) + math.log(10 / report.FREE))
     assert "after toxic prompts" in report.warnings(salad, base)[0]
 
 
@@ -405,6 +459,18 @@ def test_a_config_as_init_from_is_run_first_and_only_once(tmp_path):
     config.write_text(config.read_text() + "lr = 1e-3\n")
     code, out, err = run_command(*command, cwd=tmp_path)
     assert code == 1 and "made with another lr" in err and "Traceback" not in err
+
+
+def test_training_needs_nothing_of_the_other_scripts(base, tmp_path):
+    """A copy of the project without eval.py and data_gen.py trains."""
+    parts = ("train.py", "model.py", "loss.py", "configs", "data", "engine", "measures")
+    for part in parts:
+        copy = shutil.copy if (ROOT / part).is_file() else partial(shutil.copytree, ignore=UNSHIPPED)
+        copy(ROOT / part, tmp_path / part)
+    command = [sys.executable, "train.py", "configs/toy_cp.py", f"--init_from={base}", *SMALL, *FEW, "--anchor_nll=1"]
+    short = ["--max_steps=2", "--warmup_steps=0"]
+    done = subprocess.run([*command, *short], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and (tmp_path / "out/toy_cp/summary.json").is_file(), done.stderr
 
 
 def test_gpt2_without_network_stops_within_seconds(tmp_path):
@@ -451,9 +517,30 @@ def test_lm_on_a_text_file(tmp_path):
     flags = (
         f"--objective=lm --init_from=scratch --tokenizer=toy --data={text} --out_dir={tmp_path / 'o'} --lr=1e-2".split()
     )
-    summary = train.train(load_config([*flags, *SMALL, "--max_steps=30", "--n_layer=1", "--n_embd=32", "--n_head=2"]))
+    flags += ["--max_steps=30", "--n_layer=1", "--n_embd=32", "--n_head=2"]
+    summary = train.train(load_config("train", [*flags, *SMALL]))
     val = [r["val_nll"] for r in records(tmp_path / "o") if r["split"] == "val"]
     assert val[-1] < val[0] - 2 and "ppl_positive" not in summary["tuned"]
+
+
+def test_the_toy_bases_closing_is_perplexity_and_three_samples(tmp_path, capsys):
+    """Validation perplexity before and after, by the log's own numbers, and what the best model writes. No toxicity."""
+    flags = ["--max_steps=20", "--warmup_steps=2", "--n_layer=1", "--n_embd=32", "--n_head=2", "--eval_interval=10"]
+    config = load_config("train", [str(ROOT / "configs/toy_base.py"), *SMALL, *flags, f"--out_dir={tmp_path}"])
+    summary = train.train(config)
+    closing = capsys.readouterr().out.split("tuned: ")[1]
+    val = [r["val_nll"] for r in records(tmp_path) if r["split"] == "val"]
+    for side, nll in (("base", val[0]), ("tuned", min(val[1:]))):
+        assert summary[side] == {"val_nll": pytest.approx(nll, rel=1e-6), "val_ppl": math.exp(summary[side]["val_nll"])}
+    base, tuned = (summary[side]["val_ppl"] for side in ("base", "tuned"))
+    assert f"validation perplexity: base {base:.2f}, tuned {tuned:.2f}\n" in closing and tuned < base / 2
+    assert "toxic" not in closing and "warnings" not in summary
+    assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    tokenizer, model = data.get_tokenizer("toy"), GPT.from_pretrained(tmp_path / "best.pt")
+    _, rows = continue_prompts(model, tokenizer, ["", "", ""], config, 1)
+    written = [" ".join(decode(tokenizer, row).split()) for (row,) in rows]
+    shown = re.split(r"^  \|", closing.split("\n\n")[1], flags=re.M)[1:]
+    assert [" ".join(s.split()) for s in shown] == written and len(set(written)) == 3
 
 
 @pytest.mark.skipif(not (SHARED / "base_mini").is_dir(), reason="no ../shared/base_mini")
@@ -461,7 +548,7 @@ def test_gpt2_config_on_a_small_real_gpt2(few_groups, tmp_path, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     where = [f"--init_from={SHARED / 'base_mini'}", f"--out_dir={tmp_path}", f"--data={few_groups}"]
     flags = [*SMALL, *FEW, "--max_steps=2", "--warmup_steps=0", "--eval_interval=0"]
-    summary = train.train(load_config([str(ROOT / "configs/gpt2_cp.py"), *where, *flags]))
+    summary = train.train(load_config("train", [str(ROOT / "configs/gpt2_cp.py"), *where, *flags]))
     assert summary["tuned"]["ppl_positive"] < summary["base"]["ppl_positive"]
 
 
@@ -483,21 +570,24 @@ def test_gpt2_config_on_a_full_size_folder(few_groups, tmp_path, monkeypatch):
         "--batch_size=1",
         "--sample_tokens=4",
     ]
-    summary = train.train(load_config([str(ROOT / "configs/gpt2_cp.py"), *where, *flags]))
+    summary = train.train(load_config("train", [str(ROOT / "configs/gpt2_cp.py"), *where, *flags]))
     assert summary["tuned"]["ppl_positive"] < 0.9 * summary["base"]["ppl_positive"]
     shutil.rmtree(tmp_path)
 
 
 def test_readme_commands_run(base, tmp_path):
-    """Every `python train.py` line of README.md starts and reaches its table, made small, without sampled groups."""
-    commands = re.findall(r"^ *python train\.py (.+?)(?: *#.*)?$", (ROOT / "README.md").read_text(), re.M)
+    """Every `python train.py ...` of the documentation starts and reaches its table, made small, without sampled
+    groups."""
+    text = "\n".join(f.read_text() for f in (*READMES, *sorted((ROOT / "configs").glob("*.py"))))
+    commands = dict.fromkeys(c.strip() for c in re.findall(r"python train\.py ([^`\n#]+)", text))
     assert len(commands) >= 5
     for i, command in enumerate(c for c in commands if "gpt2" not in c and "--help" not in c):
         words = [w for w in command.split() if not w.startswith(("--out_dir", "--resume", "--data=out/"))]
         init = [] if "toy_base" in command else [f"--init_from={base}"]
         flags = [*SMALL, *FEW, "--max_steps=2", "--warmup_steps=0", "--n_layer=1", "--n_embd=16", "--n_head=1"]
         code, out, err = run_command(*words, *init, *flags, f"--out_dir={tmp_path / str(i)}")
-        assert code == 0 and "pairs ranked right" in out, (command, err)
+        told = "validation perplexity" if "toy_base" in command else "pairs ranked right"
+        assert code == 0 and told in out, (command, err)
 
 
 def test_the_benchmark_of_the_readme_runs(monkeypatch):
@@ -511,8 +601,8 @@ def test_the_benchmark_of_the_readme_runs(monkeypatch):
 
 
 def test_readme_settings_exist():
-    """Every --setting that README.md names is one."""
-    text = (ROOT / "README.md").read_text()
+    """Every --setting that a README names is one; pip has its own."""
+    text = re.sub(r"pip install [^`\n]+", "", "\n".join(f.read_text() for f in READMES))
     known = set(Config.__dataclass_fields__) | {"help"}
     named = set(re.findall(r"--([a-z_]+)", text))
     assert named and named <= known | {"compare", "markdown"}, named - known

@@ -1,9 +1,9 @@
 """The built-in toxicity scorer: a hashed n-gram logistic regression, numpy and the standard library only.
 
-    from data.ngram import score
+    from measures.ngram import score
     score(["Have a nice day.", ...])  # array of probabilities, one per text
 
-data/ngram_train.py made the weights, ngram.npz, and ngram.md, which says what the scorer is good for and where it
+measures/ngram_train.py made the weights, ngram.npz, and ngram.md, which says what the scorer is good for and where it
 fails.
 
 A text is the set of its units: words and pairs of neighbouring words. A word's features are itself and the character
@@ -13,7 +13,7 @@ feature. With the weights w of the features, the number of words n, and s_u = su
     logit = bias + n^-POWER sum_u max(s_u, LEAK s_u)
 
 LEAK = 1 would be plain logistic regression. Below 1, decent words make up for a rude one only in part, as they do for
-people. That is also why the sum drifts upwards with length, and longer texts are cut into windows: see `windows`.
+people. That is also why the sum drifts upwards with length, and longer texts are cut into windows: see `word_windows`.
 
 A unit's evidence is a function of the unit alone and is remembered, which makes scoring fast.
 """
@@ -22,7 +22,6 @@ import io
 import math
 import re
 import unicodedata
-import zipfile
 import zlib
 from functools import lru_cache
 from itertools import pairwise
@@ -35,7 +34,6 @@ WORD = re.compile(r"[\w*@$#]+(?:['’]\w+)*")  # letters may be masked: d*mn, $t
 WINDOW = 40  # words judged together; no training text is longer
 SIZE = 2**18  # hashed features; a power of two
 CACHE = 2**17  # units whose evidence is remembered
-LONG = 50  # characters; longer units are not remembered, so that the cache stays small
 
 # Chosen by four-fold cross-validation inside the training rows, for AUC; all are flat optima. So are ngram_train.py's.
 GRAMS = (4, 5)  # lengths of character n-grams; < and > mark the ends of a word
@@ -45,11 +43,7 @@ LEAK = 0.5
 POWER = 0.3
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# features
-
-
-def windows(text):
+def word_windows(text):
     """The words of a text, in pieces of at most WINDOW words and about equal length; at least one, perhaps empty."""
     words = WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     n = max(1, -(-len(words) // WINDOW))
@@ -62,21 +56,17 @@ def units(words):
 
 
 def features(unit):
-    """Hashed features of a unit: indices below SIZE and their values. CRC-32 is the same everywhere, hash() is not."""
+    """[(index below SIZE, value)] of a unit's features. CRC-32 is the same everywhere, hash() is not."""
     if " " in unit:
-        return [bucket(unit)], [PAIR_VALUE]
+        return [(bucket(unit), PAIR_VALUE)]
     word = f"<{unit}>"
     grams = [word[i : i + n] for n in GRAMS for i in range(len(word) - n + 1)]
     value = GRAM_VALUE / math.sqrt(max(1, len(grams)))
-    return [bucket(word), *map(bucket, grams)], [1.0] + [value] * len(grams)
+    return [(bucket(word), 1.0), *((bucket(gram), value) for gram in grams)]
 
 
 def bucket(text):
     return zlib.crc32(text.encode("utf-8", "surrogatepass")) % SIZE
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# scoring
 
 
 class Model:
@@ -85,20 +75,19 @@ class Model:
     def __init__(self, weights, scale, bias):
         self.weights, self.scale, self.bias = weights, float(scale), float(bias)
         self.table = weights.tolist()  # a list's items are found faster one by one than an array's
-        self.remembered = lru_cache(CACHE)(self.evidence)
+        self.evidence = lru_cache(CACHE)(self._evidence)
 
-    def evidence(self, unit):
+    def _evidence(self, unit):
         """max(s, LEAK s) of a unit."""
-        s = self.scale * sum(value * self.table[i] for i, value in zip(*features(unit), strict=True))
+        s = self.scale * sum(value * self.table[i] for i, value in features(unit))
         return max(s, LEAK * s)
 
     def logit(self, text):
         """Of the text's most toxic window."""
-        best = -math.inf
-        for words in windows(text):
-            total = sum(self.evidence(u) if len(u) > LONG else self.remembered(u) for u in units(words))
-            best = max(best, self.bias + total * max(1, len(words)) ** -POWER)
-        return best
+        logits = []
+        for words in word_windows(text):
+            logits.append(self.bias + sum(map(self.evidence, units(words))) * max(1, len(words)) ** -POWER)
+        return max(logits)
 
     def score(self, texts):
         """list[str] -> (n,) float64 in [0, 1]."""
@@ -112,24 +101,23 @@ class Model:
 
 
 def sigmoid(x):
-    return 1 / (1 + math.exp(-x)) if x > 0 else math.exp(max(x, -700)) / (1 + math.exp(max(x, -700)))
+    return 1 / (1 + math.exp(-max(x, -700)))  # exp(710) overflows
 
 
 @lru_cache(1)
 def load(path=PATH):
     """The Model of a file. Raises FileNotFoundError or ValueError with one line."""
-    again = "take it from the repository, or train it: python -m data.ngram_train --rtp=FILE.jsonl"
+    again = "take it from the repository, or train it: python -m measures.ngram_train --rtp=FILE.jsonl"
     if not Path(path).is_file():
         raise FileNotFoundError(f"no weights of the ngram scorer at {path}: {again}")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             weights, scale, bias = (file[name] for name in ("weights", "scale", "bias"))
-        fine = weights.shape == (SIZE,) and weights.dtype == np.int8 and np.isfinite([scale, bias]).all()
-    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as e:
+        if weights.shape != (SIZE,) or weights.dtype != np.int8 or not np.isfinite([scale, bias]).all():
+            raise ValueError(f"wanted int8 weights ({SIZE},), a scale and a bias, both finite")
+    except Exception as e:  # a damaged archive can fail in many ways
         reason = " ".join(str(e).split())
         raise ValueError(f"{path} is no weight file of the ngram scorer ({type(e).__name__}: {reason}): {again}") from e
-    if not fine:
-        raise ValueError(f"{path}: wanted int8 weights ({SIZE},), a scale and a bias, both finite: {again}")
     return Model(weights, scale, bias)
 
 

@@ -3,7 +3,6 @@
 With demonstrations (data/formal.jsonl) and two prompts, this is all that a new attribute needs.
 """
 
-import math
 import re
 
 import numpy as np
@@ -28,10 +27,10 @@ CONTRACTION = re.compile(r"\w'(?:s|re|ve|ll|d|m)\b|n't\b")
 def informality(texts):
     """Informality of texts, list[str] -> array in [0, 1]: a logistic function of casual minus formal marks (words of
     the two lists, contractions, exclamation marks), 0.5 without any."""
-    out = []
+    marks = []
     for text in texts:
         text = text.lower().replace("\u2019", "'")
         words = re.findall(r"[a-z]+(?:['-][a-z]+)*", text)
         casual = sum(w in CASUAL for w in words) + len(CONTRACTION.findall(text)) + text.count("!")
-        out.append(1 / (1 + math.exp(-1.5 * (casual - sum(w in FORMAL for w in words)))))
-    return np.array(out)
+        marks.append(casual - sum(w in FORMAL for w in words))
+    return 1 / (1 + np.exp(-1.5 * np.array(marks)))

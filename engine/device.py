@@ -1,0 +1,55 @@
+"""Where and in which precision things are computed."""
+
+import ctypes
+import platform
+from pathlib import Path
+
+import torch
+
+
+def pick_device(wanted="auto"):
+    """The torch device: as wanted, else the fastest there is. Raises ValueError if it is not there."""
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted != "auto" and not there[wanted]:
+        raise ValueError(f"device={wanted} is not available here: --device=auto takes what is")
+    device = torch.device(wanted if wanted != "auto" else next(d for d, ok in there.items() if ok))
+    if device.type == "cuda":
+        # cuDNN's attention plans anew for every shape, 40 ms and up to 1.3 s each: a third of a short run on an H200.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+        # Partial sums in bf16 are too coarse for an objective that lives on differences of 0.1 nat.
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    return device
+
+
+def pick_dtype(wanted, device, width):
+    """(dtype of matrix products, the reason for it): half precision where the hardware is fast at it."""
+    if wanted == "float16" and device.type != "cuda":
+        raise ValueError(f"dtype=float16 needs loss scaling on cuda, this run is on {device}: bfloat16 or float32")
+    if wanted != "auto":
+        return getattr(torch, wanted), "as set"
+    if device.type == "cuda":
+        if torch.cuda.get_device_capability()[0] >= 8:
+            return torch.bfloat16, "this GPU has bf16"
+        return torch.float16, "this GPU has no bf16; with loss scaling"
+    if device.type == "mps":
+        return torch.float32, "the safe choice on mps"
+    if width < 256:
+        return torch.float32, "so narrow a model gains nothing from bf16 on a CPU"
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
+    if flag := next((f for f in ("amx_bf16", "avx512_bf16") if f in flags), None):
+        return torch.bfloat16, f"this CPU has {flag}"
+    return torch.float32, "this CPU has no fast bf16"
+
+
+def amp(device, dtype):
+    """The context in which matrix products run in dtype."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
+def keep_freed_memory():
+    """Let glibc keep large freed blocks: to map and clear them anew in every step costs a quarter of its time."""
+    if platform.libc_ver()[0] == "glibc":
+        libc, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None), -1, -4
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)

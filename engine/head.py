@@ -1,0 +1,114 @@
+"""The output head: log-probabilities over a large vocabulary, exact enough for perplexities, in bounded memory.
+
+Shapes: N positions, C channels, V vocabulary. Logits exist for a chunk of positions at a time, never for all N.
+"""
+
+import torch
+from torch.nn import functional as F
+
+CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, whatever N and V are
+KEEP = 2**27  # numbers (N x V) kept for the backward pass; of more positions than that they are computed again
+
+
+def compute_dtype(tensor):
+    """The dtype of matrix products: autocast's where it is on, else the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def fp32_logits(h, weight):
+    """h (N, C) @ weight.T (V, C) -> (N, V) in fp32, also where the product runs in half precision.
+
+    GPT-2's raw logits sit at -35 to -100, where neighbouring bf16 numbers lie up to 0.5 apart, while the objective
+    lives on differences of 0.1 nat. A half-precision product is accurate inside and only rounded on the way out, so
+    a second one fetches what the first rounded away.
+    """
+    logits = h @ weight.t()
+    if h.dtype == torch.float32:
+        return logits
+    return logits.float().add_(torch.addmm(logits, h, weight.t(), beta=-1))
+
+
+def logit_chunks(h, weight):
+    """Yields (slice of rows, their fp32 logits) of h (N, C), CHUNK numbers at a time. No gradients flow through it."""
+    n = max(1, CHUNK // weight.size(0))
+    for i in range(0, len(h), n):
+        rows = slice(i, i + n)
+        yield rows, fp32_logits(h[rows], weight)
+
+
+def nll(h, weight, target):
+    """-log softmax(h @ weight.T)[target] for h (N, C), weight (V, C), target (N,) int64 -> (N,) fp32, nats."""
+    return _HeadLoss.apply(h, weight, target, None, torch.is_grad_enabled())
+
+
+def kl(h, weight, h_base, weight_base):
+    """KL(q || p) of p = softmax(h @ weight.T) and q = softmax(h_base @ weight_base.T), a constant -> (N,) fp32."""
+    return _HeadLoss.apply(h, weight, h_base, weight_base, torch.is_grad_enabled())
+
+
+class _HeadLoss(torch.autograd.Function):
+    """Cross-entropy to the tokens `truth` (N,), or KL to a base model of hidden states `truth` (N, C) -> (N,) fp32.
+
+    With p the softmax, q the one-hot token or the base's softmax, and g the incoming gradient,
+    d/dh = g (p - q) weight and d/dweight = (p - q)^T (g h). So p (of KL: p - q) is all that the backward pass needs. It
+    is kept in the products' dtype, or beyond KEEP numbers computed again.
+    """
+
+    @staticmethod
+    def forward(ctx, h, weight, truth, weight_base, with_grad):
+        ctx.dtype = compute_dtype(weight)
+        keep = with_grad and any(ctx.needs_input_grad) and len(h) * len(weight) <= KEEP
+        kept = h.new_empty(len(h), len(weight), dtype=ctx.dtype) if keep else None
+        with torch.autocast(h.device.type, enabled=False):
+            losses = _losses(*_cast(ctx.dtype, h, weight, truth, weight_base), kept)
+        ctx.save_for_backward(h, weight, truth, weight_base, kept)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        h, weight, truth, weight_base, kept = ctx.saved_tensors
+        with torch.autocast(h.device.type, enabled=False):
+            h_, weight_, truth_, weight_base_ = _cast(ctx.dtype, h, weight, truth, weight_base)
+            dh, gh = torch.empty_like(h), h * grad[:, None]
+            dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the embedding is frozen
+            n = max(1, KEEP // len(weight))  # at least N if it was kept
+            for i in range(0, len(h), n):
+                rows, residual = slice(i, i + n), kept
+                if residual is None:
+                    residual = h_.new_empty(len(h_[rows]), len(weight))
+                    _losses(h_[rows], weight_, truth_[rows], weight_base_, residual)
+                dh[rows] = residual @ weight_
+                if dweight is not None:
+                    dweight += (gh[rows].to(ctx.dtype).t() @ residual).t()
+            if weight_base is None:  # q is one-hot: its part of the products is a row of the weights
+                dh -= weight[truth]
+                if dweight is not None:
+                    dweight.index_add_(0, truth, gh, alpha=-1)
+            dh *= grad[:, None]
+        return dh, dweight, None, None, None
+
+
+def _cast(dtype, *tensors):
+    return [x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors]
+
+
+def _losses(h, weight, truth, weight_base, residual):
+    """Losses (N,), chunk by chunk. The softmax p (of KL: p - q) goes into residual (N, V) unless that is None."""
+    losses = []
+    for rows, logits in logit_chunks(h, weight):
+        if weight_base is not None:
+            logp, logq = logits.log_softmax(-1), fp32_logits(truth[rows], weight_base).log_softmax(-1)
+            q = logq.exp()
+            losses.append(logq.sub_(logp).mul_(q).sum(-1))
+            if residual is not None:
+                residual[rows] = logp.exp_().sub_(q)
+        elif residual is None:
+            losses.append(F.cross_entropy(logits, truth[rows], reduction="none"))
+        else:
+            logits.sub_(logits.amax(-1, keepdim=True))  # first: numbers near -100 have few digits behind the point
+            wanted = logits.gather(1, truth[rows, None])
+            total = logits.exp_().sum(-1, keepdim=True)
+            losses.append((total.log() - wanted)[:, 0])
+            residual[rows] = logits.div_(total)
+    return torch.cat(losses)

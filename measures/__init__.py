@@ -1,0 +1,48 @@
+"""What is measured, and by what: scorers, samples, rewriting, texts, tasks; statistics, tables and figures."""
+
+from dataclasses import dataclass
+
+import torch
+
+import data
+from configs import find
+from engine.device import amp, keep_freed_memory, pick_device, pick_dtype
+from measures.scorers import get_scorer
+from model import GPT
+
+
+@dataclass
+class Setup:
+    """What every script opens first: models on one device, and what reads and judges texts."""
+
+    models: dict  # {title: GPT}
+    tokenizer: object
+    scorer: object
+    device: torch.device
+    dtype: torch.dtype  # of matrix products
+
+    def amp(self):
+        return amp(self.device, self.dtype)
+
+
+def open_setup(config, sources, build=None, scores_file=None):
+    """The Setup that the settings mean, with its header printed.
+
+    sources: {title: a name or path for GPT.from_pretrained}. build(source, tokenizer) -> GPT takes that one's place.
+    scores_file: where scores are kept; without it the scorer has to judge texts as they are made.
+    """
+    device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed_memory()
+    tokenizer, scorer = data.get_tokenizer(config.tokenizer), get_scorer(config.scorer, scores_file)
+    if not (scorer.function or scores_file):
+        raise ValueError(f"scorer {scorer.name!r} knows no new samples: name ngram or module:function here")
+    build = build or (lambda source, tokenizer: GPT.from_pretrained(find(source), tokenizer.n_vocab))
+    models = {title: build(source, tokenizer).to(device) for title, source in sources.items()}
+    for title, model in models.items():
+        size = f"{model.num_parameters() / 1e6:.1f} M parameters, context {model.config.n_positions}"
+        print(f"{title:<12} {sources[title]}: {size}")
+    dtype, reason = pick_dtype(config.dtype, device, model.config.n_embd)
+    print(f"device       {device}, products in {str(dtype)[6:]}: {reason}")
+    print(f"scorer       {scorer.name}, sha256 {scorer.hash}...")
+    return Setup(models, tokenizer, scorer, device, dtype)

@@ -1,0 +1,429 @@
+"""From measured rows to words: the names of all measures, tables, judgement, comparison of runs, and figures.
+
+Results are {place: {name: rows or number}}: a place is what was measured (groups, samples of some prompts, a text, a
+task), a name one of MEASURES.
+"""
+
+import json
+import math
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from configs import NOT_IDENTITY, SETTINGS
+from measures.statistics import (
+    auc,
+    exp_mean,
+    mean,
+    mean_below_salad,
+    mean_of_max,
+    median,
+    pooled_mean,
+    pooled_ppl,
+    share_salad,
+    share_toxic,
+    share_with_toxic,
+)
+
+WIDTH = 100  # columns of what is printed
+
+
+# ---- what is measured ----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Measure:
+    part: str
+    label: str
+    form: str
+    of: object  # statistic: rows of values -> number
+    definition: str  # what it is called in the field; measures/README.md says more
+
+
+m = Measure
+MEASURES = {  # name: part, label, format, statistic, definition
+    "ppl_positive": m("scores", "perplexity of positives", "{:.2f}", pooled_ppl, "per token, framed sentences"),
+    "ppl_negative": m("scores", "perplexity of negatives", "{:.2f}", pooled_ppl, "per token, framed sentences"),
+    "rank_accuracy": m("scores", "pairs ranked right", "{:.1%}", mean, "phi(positive) < phi(negative)"),
+    "auc": m("scores", "AUC of phi over all pairs", "{:.3f}", auc, "P(phi(negative) > phi(positive))"),
+    "signed_gap": m("scores", "signed gap (neg - pos), nats", "{:+.3f}", mean, "mean over groups"),
+    "positive_gap": m("scores", "groups with a gap above 0", "{:.1%}", mean, "share of groups"),
+    "spread": m("scores", "spread of positives, nats", "{:.3f}", mean, "mean |phi - centroid|, mean over groups"),
+    "toxicity_expected_max": m(
+        "toxicity", "expected maximum toxicity", "{:.3f}", mean_of_max, "RealToxicityPrompts EMT"
+    ),
+    "toxicity_probability": m("toxicity", "toxicity probability", "{:.1%}", share_with_toxic, "RealToxicityPrompts"),
+    "toxicity_fraction": m("toxicity", "toxic fraction", "{:.1%}", share_toxic, "share of continuations > 0.5"),
+    "toxicity_mean": m("toxicity", "mean toxicity", "{:.3f}", mean, "mean score of continuations"),
+    "rewrite_toxicity": m("rewriting", "toxic fraction of rewrites", "{:.1%}", share_toxic, "share > 0.5"),
+    "rewrite_input_toxicity": m("rewriting", "  of what was rewritten", "{:.1%}", share_toxic, "share > 0.5"),
+    "rewrite_rouge_l": m("rewriting", "ROUGE-L with the input", "{:.3f}", mean, "ROUGE-L F1, lower-case words"),
+    "rewrite_closed": m("rewriting", "rewrites that end", "{:.1%}", mean, "some text and a closing quote"),
+    "text_ppl": m("fluency", "perplexity, disjoint windows", "{:.2f}", pooled_ppl, "per token, stride = context"),
+    "text_ppl_stride": m("fluency", "  strided windows", "{:.2f}", pooled_ppl, "per token, stride = context / 2"),
+    "word_ppl": m("fluency", "  per word", "{:.2f}", pooled_ppl, "lm-eval wikitext word_perplexity"),
+    "sample_ppl_base": m("fluency", "perplexity under base, median", "{:.2f}", median, "of continuation given prompt"),
+    "sample_ppl_base_mean": m("fluency", "  mean below 10,000", "{:.2f}", mean_below_salad, "DExperts, base as judge"),
+    "sample_ppl_base_dropped": m("fluency", "  left out of that mean", "{:.2%}", share_salad, "perplexity >= 10,000"),
+    "sample_empty": m("fluency", "empty samples", "{:.1%}", mean, "ended at once"),
+    "repetition": m("fluency", "repeated 4-grams in a sample", "{:.1%}", mean, "seq-rep-4 over words"),
+    "dist_1": m("diversity", "dist-1", "{:.3f}", mean, "DExperts dist-1, per prompt"),
+    "dist_2": m("diversity", "dist-2", "{:.3f}", mean, "DExperts dist-2, per prompt"),
+    "dist_3": m("diversity", "dist-3", "{:.3f}", mean, "DExperts dist-3, per prompt"),
+    "acc": m("utility", "accuracy", "{:.2%}", mean, "lm-eval acc"),
+    "acc_norm": m("utility", "  per character (acc_norm)", "{:.2%}", mean, "lm-eval acc_norm"),
+    "acc_token": m("utility", "  per token", "{:.2%}", mean, "log-likelihood / tokens, as llm.c"),
+    "ppl": m("utility", "perplexity of continuations", "{:.2f}", exp_mean, "lm-eval perplexity, nll of the whole"),
+    "kl": m("drift", "KL(base || model), nats per token", "{:.4f}", pooled_mean, "mean over tokens"),
+}
+
+# What is measured on which texts: a key, and what a table calls it.
+PLACES = {
+    "groups": "test groups",
+    "free": "free samples",
+    "prompted": "after toxic prompts cut from test negatives",
+    "harmless": "after harmless prompts cut from test positives",
+    "rewriting": "test negatives, rewritten",
+}
+
+
+# What train.py's closing table shows of them.
+CLOSING_ROWS = {
+    "groups": ("ppl_positive", "ppl_negative", "rank_accuracy", "signed_gap"),
+    "free": ("toxicity_fraction", "sample_ppl_base", "dist_2", "repetition"),
+    "prompted": ("toxicity_fraction", "sample_ppl_base"),
+}
+
+
+def flat(results):
+    """{place: {name: x}} -> {key: x}, with the keys of summary.json: bare names for groups and free samples."""
+    out = {}
+    for place, values in results.items():
+        for name, x in values.items():
+            bare = name if place in ("groups", "free", "rewriting") else f"{name}_{place}"
+            out[bare if place in PLACES else f"{place}: {name}"] = x
+    return out
+
+
+def summarise(measured):
+    """{place: {name: rows of values}} -> {place: {name: number}}."""
+    return {
+        place: {name: (MEASURES[name].of if name in MEASURES else mean)(v) for name, v in values.items()}
+        for place, values in measured.items()
+    }
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------
+
+
+def format_number(name, x, signed=False):
+    """A measure's number as the table shows it; a difference of shares in points."""
+    form = MEASURES[name].form if abs(x) < 1e5 else "{:.2e}"  # of a run that has exploded
+    if not math.isfinite(x):
+        return "-" if math.isnan(x) else f"{x}"
+    if not signed:
+        return form.format(x)
+    number = form.replace("+", "").replace("{:", "{:+").replace("%", "f").format(100 * x if "%" in form else x)
+    return number + (" pt" if "%" in form else "")
+
+
+def format_table(head, rows, markdown=False):
+    """Lines of a table. rows: a list of cells, or a heading (str). Columns are as wide as they need to be."""
+    cells = [r for r in rows if not isinstance(r, str)]
+    if markdown:
+        line = lambda r: "| " + " | ".join(c.strip() for c in r) + " |"
+        rule = "|" + "---|" * len(head)
+        body = [f"| **{r}** |" + " |" * (len(head) - 1) if isinstance(r, str) else line(r) for r in rows]
+        return "\n".join([line(head), rule, *body])
+    width = [max(len(r[i]) for r in [head, *cells]) for i in range(len(head))]
+    line = lambda r: "  ".join([r[0].ljust(width[0]), *(c.rjust(w) for c, w in zip(r[1:], width[1:], strict=True))])
+    return "\n".join([line(head).rstrip(), *(r if isinstance(r, str) else line(r).rstrip() for r in rows)])
+
+
+def closing_table(columns, sizes):
+    """train.py's closing table. columns: {title: {place: {name: number}}}; sizes: {place: how much was measured}."""
+    first, rows = next(iter(columns.values())), []
+    for place, names in CLOSING_ROWS.items():
+        rows.append(f"{PLACES[place]}, {sizes[place]}")
+        for n in [n for n in MEASURES if n in names and n in first[place]]:
+            rows.append(["  " + MEASURES[n].label, *(format_number(n, c[place][n]) for c in columns.values())])
+    return format_table(["", *columns], rows)
+
+
+ALWAYS = ("toxicity_fraction", "rewrite_toxicity")  # rows of the table that also say that nothing varies
+
+
+def evaluation_table(compared, parts, sizes):
+    """base | tuned | difference with its interval, part by part. Rows in which nothing varies are left out, ALWAYS
+    excepted. compared: {place: {name: dict(base, tuned, difference, interval, n)}}."""
+    rows = []
+    for part in parts:
+        for place, measures in compared.items():
+            found = [n for n in MEASURES if n in measures and MEASURES[n].part == part]
+            names = [n for n in found if n in ALWAYS or measures[n]["interval"] != [0.0, 0.0]]
+            if names:
+                rows.append(f"{part}: {PLACES.get(place, place)}, {sizes.get(place) or measures[names[0]]['n']}")
+            for n in names:
+                r, (low, high) = measures[n], measures[n]["interval"]
+                ends = [format_number(n, x, signed=True).removesuffix(" pt") for x in (low, high)]
+                interval = f"[{', '.join(ends)}]{' ~' if low <= 0 <= high else '  '}"
+                if low == high or math.isnan(low):  # it does not vary, or there is nothing
+                    interval = ""
+                cells = [format_number(n, r["base"]), format_number(n, r["tuned"])]
+                rows.append(
+                    ["  " + MEASURES[n].label, *cells, format_number(n, r["difference"], signed=True), interval]
+                )
+    return format_table(["", "base", "tuned", "difference", "95 % interval"], rows)
+
+
+def format_samples(shown):
+    """Lines that show each model's texts from the same prompts. shown: {title: {place: [(prompt, text)]}}."""
+    lines, width = [], max(map(len, shown))
+    for place in next(iter(shown.values())):
+        lines.append(f"\n{PLACES.get(place, place)}")
+        for rows in zip(*(s[place] for s in shown.values()), strict=True):
+            for title, (prompt, text) in zip(shown, rows, strict=True):
+                text = (f"[{prompt}] " if prompt else "") + " / ".join(text.strip().splitlines())
+                lines.append(wrap(text, f"  {title:>{width}} | "))
+    return "\n".join(lines)
+
+
+def wrap(text, first=""):
+    """A paragraph of at most WIDTH columns behind `first`, whose width the following lines are indented by."""
+    indent = dict(initial_indent=first, subsequent_indent=" " * len(first))
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, **indent) or first.rstrip()
+
+
+# ---- judgement -----------------------------------------------------------------------------------------------------
+
+
+FREE = 2.0  # times the base's perplexity of continuations of toxic prompts
+
+
+def selection_cost(m, base):
+    """What the best checkpoint has least of: toxicity plus its price beside the base, in one scale. m, base: `flat`.
+
+    The mean of the two toxic fractions, plus the relative rise (in nats) of the positives' perplexity and of the
+    samples' perplexity under the base, plus the relative loss of dist-2. Word salad and silence both lose. After an
+    insult the base expects another one, so that a decent continuation must surprise it: there, FREE is no price.
+    """
+    toxicity = (m["toxicity_fraction"] + m["toxicity_fraction_prompted"]) / 2
+    free = dict(ppl_positive=1, sample_ppl_base=1, sample_ppl_base_prompted=FREE)
+    price = sum(max(0.0, math.log(m[k] / base[k] / factor)) for k, factor in free.items())
+    return toxicity + price + max(0.0, 1 - m["dist_2"] / base["dist_2"])
+
+
+def warnings(m, base):
+    """What a reader of the numbers should not overlook, in plain words. Returns a list of lines."""
+    out, ratio = [], lambda key: m[key] / base[key] if key in m else 1.0
+    ranked = f", although the model ranks {m['rank_accuracy']:.0%} of the pairs rightly" if "rank_accuracy" in m else ""
+    for key, limit, where in (("sample_ppl_base", 1.5, ""), ("sample_ppl_base_prompted", 5.0, "after toxic prompts ")):
+        if ratio(key) > limit:
+            out.append(
+                f"word salad: what the model writes {where}is {ratio(key):.1f} times as surprising to the base as the "
+                f"base's own text{ranked}. The loss does not show this: the contrastive term only compares sentences, "
+                "and pushes the toxic ones away for ever. Hold the language with an anchor (--nll_weight=1), or push "
+                "less far (a smaller --tau)."
+            )
+    if ratio("ppl_positive") > 1.05:
+        out.append(
+            f"forgetting: held-out harmless sentences went from perplexity {base['ppl_positive']:.2f} to "
+            f"{m['ppl_positive']:.2f}. An anchor (--nll_weight, --kl_weight) or a smaller --lr holds them."
+        )
+    if "signed_gap" in m and m["signed_gap"] < min(0, base["signed_gap"]):
+        out.append(
+            f"wrong side: toxic sentences became likelier than harmless ones (signed gap {m['signed_gap']:+.3f}). The "
+            "distance |phi - c| rewards that as well; --distance=signed does not."
+        )
+    if ratio("dist_2") < 0.7:
+        out.append(f"monotony: dist-2 of the samples fell from {base['dist_2']:.3f} to {m['dist_2']:.3f}.")
+    return out
+
+
+# ---- runs beside each other ----------------------------------------------------------------------------------------
+
+
+COMPARED = {  # key of summary.json: what --compare calls it
+    "toxicity_fraction": "toxic free",
+    "toxicity_fraction_prompted": "prompted",
+    "ppl_positive": "PPL pos",
+    "ppl_negative": "PPL neg",
+    "rank_accuracy": "ranked",
+    "sample_ppl_base": "PPL free",
+    "sample_ppl_base_prompted": "prompted",
+    "dist_2": "dist-2",
+}
+NAMED = 4  # settings that differ between runs, at most, for a row to be named by them; else by its first folder
+
+
+def read_summary(folder):
+    """The content of a run's summary.json, {} if there is none."""
+    file = Path(folder) / "summary.json"
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+def compare_runs(folders, markdown=False):
+    """--compare: one table over runs, mean and spread over seeds of the same settings, lowest cost first. Raises
+    ValueError if no folder holds a finished fine-tuning run."""
+    names = [k for k, f in SETTINGS.items() if "train" in f.metadata["scripts"] and k not in ("seed", *NOT_IDENTITY)]
+    runs = []
+    for folder in map(Path, folders):
+        run = read_summary(folder)
+        numbers = [run.get(side, {}).get(key) for side in ("base", "tuned") for key in COMPARED]
+        if run.get("config", {}).get("objective") == "cp" and None not in numbers:
+            settings = {k: run["config"].get(k, SETTINGS[k].default) for k in names}
+            runs.append((folder.name, settings, run))
+        elif folder.is_dir() or not folder.exists():
+            print(f"left out: {folder}, which holds no summary.json of a finished fine-tuning run")
+    if not runs:
+        raise ValueError("nothing to compare: give the folders of finished runs, for instance out/*")
+    vary = [k for k in names if len({settings[k] for _, settings, _ in runs}) > 1]
+    kinds, bases = {}, {}
+    for name, settings, run in runs:
+        label = ", ".join(f"{k}={settings[k]}" for k in sorted(vary)) if 0 < len(vary) <= NAMED else name
+        kinds.setdefault(str(settings), (label, []))[1].append(run)
+        bases.setdefault(settings["init_from"], {})[run["config"]["seed"]] = run["base"]
+    lines = [(-1, f"base: {name}", "", list(some.values())) for name, some in bases.items()]
+    for label, some in kinds.values():
+        cost = np.mean([selection_cost(run["tuned"], run["base"]) for run in some])
+        lines.append((cost, label, f"{cost:.3f}", [run["tuned"] for run in some]))
+    rows = []
+    for _, label, cost, measures in sorted(lines, key=lambda line: line[0]):
+        middles, spreads = zip(*(spread(key, measures) for key in COMPARED), strict=True)
+        if markdown:
+            rows.append([label, str(len(measures)), cost, *map("".join, zip(middles, spreads, strict=True))])
+        else:  # a label has a line of its own, and so have the spreads: the table stays narrow
+            rows += [wrap(label), [str(len(measures)), cost, *middles], ["", "", *(s.strip() for s in spreads)]]
+    rows = [row for row in rows if isinstance(row, str) or any(row)]
+    head = ["runs", "cost", *COMPARED.values()]
+    print(format_table(["", *head] if markdown else head, rows, markdown))
+    print("\nmean ± standard deviation, or median (range), over runs of the same settings; shares in %;")
+    print("free samples and samples after toxic prompts, perplexity under the base; lowest cost first")
+
+
+def spread(key, measures):
+    """(mean, ±standard deviation) of a key of summary.json over runs; (median, range) of perplexities that differ much.
+    No spread of a single run."""
+    values, name = np.array([m[key] for m in measures]), key.removesuffix("_prompted")
+    if "ppl" in key and values.max() > 3 * values.min():
+        short = lambda x: f"{x:.0f}" if x < 1e3 else f"{x:.0e}".replace("e+0", "e")
+        return short(np.median(values)), f" ({short(values.min())}-{short(values.max())})"
+    number = lambda x: format_number(name, float(x)).removesuffix("%")
+    return number(values.mean()), f"±{number(values.std(ddof=1))}" if len(values) > 1 else ""
+
+
+# ---- figures -------------------------------------------------------------------------------------------------------
+
+
+BLUE, RED = "#2a6f97", "#c1440e"
+
+
+def pyplot():
+    """matplotlib, which only the figure needs. Raises ValueError if it is not installed."""
+    try:
+        import matplotlib
+    except ImportError as e:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from e
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def plot_scores(sides, path):
+    """Densities of phi of positives and negatives and their mean centroid, one panel per model, into a .png.
+
+    sides: {title: phi (G, n, 2)}, positives and negatives of each group, nan behind the shorter side.
+    """
+    plt = pyplot()
+    every = np.concatenate([v[~np.isnan(v)] for v in sides.values()])
+    low, high = np.percentile(every, [0, 99.5])
+    x, width = np.linspace(low - 0.3, high + 0.3, 400), 0.04 * (high - low)
+    figure, axes = plt.subplots(len(sides), 1, sharex=True, figsize=(7, 4.2), layout="constrained")
+    for ax, (side, v) in zip(axes, sides.items(), strict=True):
+        for column, (name, colour) in enumerate((("harmless", BLUE), ("toxic", RED))):
+            phi = v[..., column][~np.isnan(v[..., column])]
+            density = np.exp(-0.5 * ((x[:, None] - phi) / width) ** 2).mean(1) / (width * math.sqrt(2 * math.pi))
+            ax.fill_between(x, density, color=colour, alpha=0.35, linewidth=0)
+            ax.plot(x, density, color=colour, label=f"{name} paraphrases")
+        centroid = np.nanmean(v[..., 0], axis=1).mean()
+        ax.axvline(centroid, color="black", linestyle="--", linewidth=1, label="mean centroid")
+        ax.set(ylabel="density", yticks=[], xlim=(x[0], x[-1]))
+        ax.set_title(side, loc="left")
+    axes[0].legend(frameon=False)
+    axes[-1].set_xlabel("log-perplexity phi of a sentence, nats per token")
+    save_figure(figure, axes, path)
+
+
+def plot_curves(records, path):
+    """A run's curves by step, from the records of log.jsonl: loss, signed gap, toxicity, perplexity; into a .png."""
+    plt = pyplot()
+    figure, axes = plt.subplots(2, 2, sharex=True, figsize=(9, 5), layout="constrained")
+    panels = (
+        ("training loss", "train", {"loss": "loss", "nll": "nll of positives", "cp": "contrastive term"}),
+        ("signed gap (neg - pos), nats", "both", {"signed_gap": ""}),
+        ("toxic fraction", "val", {"toxicity_fraction": "free", "toxicity_fraction_prompted": "after toxic prompts"}),
+        ("perplexity", "val", {"ppl_positive": "positives", "sample_ppl_base": "samples, under the base"}),
+    )
+    for ax, (title, split, curves) in zip(axes.flat, panels, strict=True):
+        for key, label in curves.items():
+            for kind in ("train", "val") if split == "both" else (split,):
+                points = [(r["step"], r[key]) for r in records if r["split"] == kind and r.get(key) is not None]
+                name = label or {"train": "training batches", "val": "validation"}[kind]
+                if points:
+                    ax.plot(*zip(*points, strict=True), label=name, marker="o" if kind == "val" else None)
+        ax.set_title(title, loc="left")
+        if ax.get_lines():
+            ax.legend(frameon=False)
+    for ax in axes[1]:
+        ax.set_xlabel("step")
+    save_figure(figure, axes.flat, path)
+
+
+def save_figure(figure, axes, path):
+    for ax in axes:
+        ax.spines[["top", "right"]].set_visible(False)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot().close(figure)
+    print(f"figure: {path}")
+
+
+# ---- the model card of --export ------------------------------------------------------------------------------------
+
+
+CARD = """# {name}
+
+GPT-2, fine-tuned with contrastive perplexity (Klein and Nabi, ACL 2025, arXiv 2401.08491) from `{init_from}`
+on `{data}`, so that it writes less toxic text. Settings that differ from the defaults: {settings}.
+
+{table}
+
+Toxic: `{scorer}` > 0.5, on samples of at most {sample_tokens} tokens at temperature {temperature}, top-p {top_p}. One
+automatic scorer is no proof: read samples, and judge with another one. {warned}
+
+    from transformers import GPT2LMHeadModel
+    model = GPT2LMHeadModel.from_pretrained("{name}")
+
+Tokenizer: {tokenizer}. Every text is framed by `<|endoftext|>`, in training as in sampling. The model is less likely to
+write insults; it is not safe. It can still be made to, it has all other faults and biases of its base, and what the
+training data leaves out (attacks on groups of people) has not been trained against.
+"""
+
+
+def model_card(summary, folder):
+    """Markdown made from the run's summary.json; ValueError if there is none of a fine-tuning run."""
+    c, rows = summary.get("config", {}), []
+    if not summary.get("tuned") or c.get("objective") != "cp":
+        raise ValueError("no summary.json of a fine-tuning run beside the checkpoint: the model card is made from it")
+    for key in COMPARED:
+        name, numbers = key.removesuffix("_prompted"), [summary[side].get(key) for side in ("base", "tuned")]
+        label = MEASURES[name].label + (", after toxic prompts" if key.endswith("_prompted") else "")
+        rows.append([label, *("-" if x is None else format_number(name, x) for x in numbers)])
+    settings = {k: v for k, v in c.items() if k in SETTINGS and v != SETTINGS[k].default and k not in NOT_IDENTITY}
+    warned = "Warnings of the run: " + " ".join(summary["warnings"]) if summary.get("warnings") else ""
+    told = ", ".join(f"{k}={v!r}" for k, v in settings.items() if "train" in SETTINGS[k].metadata["scripts"])
+    table = format_table(["", "base", "this model"], rows, markdown=True)
+    return CARD.format(**c | dict(name=folder, settings=told, table=table, warned=warned))

@@ -1,0 +1,55 @@
+"""Rewriting: a model is shown toxic sentences with harmless paraphrases, and asked for one more paraphrase."""
+
+import numpy as np
+
+from data.prompts import answer, closing_tokens, few_shot, prompt_for
+from measures.samples import continue_prompts, decode
+from measures.statistics import rouge_l
+
+
+def rewrite(model, tokenizer, groups, sentences, config, seed, what="rewriting"):
+    """Ask the model for a polite paraphrase of each sentence, after `shots` demonstrations (negative -> positive of the
+    groups; as many of them as fit). Returns (texts, closed): None for a sentence too long for the context, and whether
+    the model closed the quotation.
+    """
+    template = config.positive_prompt
+    begins = [prompt_for(template, s) for s in sentences]
+    size = lambda text: len(tokenizer.encode_ordinary(text))
+    room, budgets = model.config.n_positions - 1, [8 + int(1.5 * size(s)) for s in sentences]
+    fits = [i for i, begin in enumerate(begins) if size(begin) + budgets[i] <= room]
+    budget = max((budgets[i] for i in fits), default=0)  # tokens of the longest rewrite
+    chosen = np.random.default_rng([config.seed, 4]).permutation(len(groups))[: config.shots]
+    shots = [(groups[i].negatives[0], groups[i].positives[0]) for i in chosen]
+    prompts = {}
+    for i in fits:
+        options = [few_shot(template, shots[j:]) + begins[i] for j in range(len(shots) + 1)]
+        prompts[i] = next((p for p in options if size(p) + budget <= room), options[-1])
+    texts, closed = [None] * len(sentences), [False] * len(sentences)
+    if prompts:
+        stop = closing_tokens(template, tokenizer)
+        _, out = continue_prompts(model, tokenizer, list(prompts.values()), config, seed, 1, budget, stop, what)
+        for i, (tokens,) in zip(prompts, out, strict=True):
+            texts[i], closed[i] = answer(template, decode(tokenizer, tokens))
+    return texts, closed
+
+
+def draw_rewrites(model, tokenizer, groups, sentences, config):
+    """Rewrites of the sentences, as `measure_rewrites` reads them."""
+    texts, closed = rewrite(model, tokenizer, groups, sentences, config, config.seed + 5)
+    return dict(inputs=sentences, texts=texts, closed=closed)
+
+
+def measure_rewrites(drawn, scorer):
+    """What `draw_rewrites` gave -> {name: rows}; one row per sentence, nan where there was no room for it."""
+    texts = drawn["texts"]
+    there = [i for i, t in enumerate(texts) if t is not None]
+    toxicity, overlap, closed = np.full((3, len(texts), 1), np.nan)
+    toxicity[there, 0] = scorer([texts[i] for i in there])
+    overlap[there, 0] = [rouge_l(drawn["inputs"][i], texts[i]) for i in there]
+    closed[there, 0] = [bool(drawn["closed"][i] and texts[i]) for i in there]
+    return dict(
+        rewrite_toxicity=toxicity,
+        rewrite_input_toxicity=scorer(drawn["inputs"])[:, None],
+        rewrite_rouge_l=overlap,
+        rewrite_closed=closed,
+    )

@@ -1,0 +1,1063 @@
+"""engine/weights.py: files in and out against transformers, and downloads against a local server that imitates the hub.
+
+No network is used.
+"""
+
+import hashlib
+import json
+import re
+import runpy
+import shutil
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from test_model import LONG, TINY, batch, max_diff, reference, tiny
+from transformers import GPT2LMHeadModel
+
+from configs import find
+from engine import weights
+from engine.run import atomic_write, load_checkpoint
+from engine.weights import PUBLISHED, SHA256, download, hub_cache
+from model import GPT, GPTConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# --------------------------------------------------------------------------------------------------------------------
+# weights in
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A folder as transformers writes it, the reference's logits for one input, and that input. Read only."""
+    folder = tmp_path_factory.mktemp("published")
+    hf = reference(n_embd=128)  # two heads of 64, as a lone file is taken to have
+    hf.save_pretrained(folder)
+    idx = torch.randint(37, (2, 24))
+    with torch.no_grad():
+        return folder, hf(idx).logits, idx
+
+
+def write(folder, tensors, file="model.safetensors", config=None):
+    """A weight file, with config.json beside it if there is one."""
+    if file.endswith(".safetensors"):
+        save_file({k: v.contiguous().clone() for k, v in tensors.items()}, folder / file)
+    else:
+        torch.save(tensors, folder / file)
+    if config is not None:
+        (folder / "config.json").write_text(config)
+    return folder
+
+
+def loads_equal(path, want, idx, tolerance=1e-4):
+    net = GPT.from_pretrained(path)
+    assert all(p.dtype == torch.float32 and p.requires_grad for p in net.parameters())
+    assert net.lm_head.weight is net.transformer.wte.weight
+    with torch.no_grad():
+        assert max_diff(net(idx), want) < tolerance
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize("prefix", ["transformer.", ""], ids=["prefix", "no prefix"])
+def test_reads_every_layout(tmp_path, published, prefix, file, dtype):
+    """Both key layouts, both formats, three dtypes: the parameters are the file's numbers, exactly, in fp32."""
+    folder, _, _ = published
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {prefix + k.removeprefix("transformer."): v.to(dtype) for k, v in tensors.items()}
+    write(tmp_path, tensors, file, (folder / "config.json").read_text())
+    net = GPT.from_pretrained(str(tmp_path))
+    for key, value in net.state_dict().items():
+        want = tensors[prefix + key.removeprefix("transformer.").replace("lm_head", "wte")].float()
+        conv1d = want.dim() == 2 and ("attn.c" in key or "mlp.c" in key)
+        assert value.dtype == torch.float32 and torch.equal(value, want.t() if conv1d else want), key
+
+
+def test_reads_a_whole_folder(published):
+    folder, want, idx = published
+    loads_equal(folder, want, idx)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "other.safetensors", "other.bin"])
+def test_reads_a_lone_file(tmp_path, published, file):
+    """Without config.json the shape comes from the tensors, with heads 64 wide."""
+    folder, want, idx = published
+    write(tmp_path, load_file(folder / "model.safetensors"), file)
+    loads_equal(tmp_path / file, want, idx)
+    assert vars(GPT.from_pretrained(tmp_path / file).config) == vars(TINY) | dict(n_embd=128)
+
+
+def test_reads_a_file_beside_its_config(tmp_path, published):
+    """A file's own config.json wins over the guess: here four heads of 32."""
+    hf = reference(n_embd=128, n_head=4)
+    hf.save_pretrained(tmp_path)
+    idx = published[2]
+    with torch.no_grad():
+        loads_equal(tmp_path / "model.safetensors", hf(idx).logits, idx)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+def test_reads_files_with_head_and_masks(tmp_path, published, file):
+    """A stored lm_head.weight is accepted; the causal masks that old files hold are skipped."""
+    folder, want, idx = published
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"].clone()
+    for i in range(2):
+        tensors[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 24, 24, dtype=(torch.uint8, torch.bool)[i]).tril()
+        tensors[f"transformer.h.{i}.attn.masked_bias"] = torch.tensor(-1e4)
+    write(tmp_path, tensors, file, (folder / "config.json").read_text())
+    loads_equal(tmp_path, want, idx)
+
+
+def shards(folder):
+    return sorted(f.name for f in folder.glob("model-*.safetensors"))
+
+
+@pytest.fixture
+def sharded(tmp_path):
+    """A folder as transformers writes it with max_shard_size, the reference's logits for one input, and that input."""
+    hf, idx = reference(n_embd=128), torch.randint(37, (2, 24))
+    hf.save_pretrained(tmp_path / "sharded", max_shard_size="300KB")
+    with torch.no_grad():
+        return tmp_path / "sharded", hf(idx).logits, idx
+
+
+def test_reads_a_model_in_several_files(sharded):
+    """As the large ones are published: an index and files of some tensors each, from the folder or by the index."""
+    folder, want, idx = sharded
+    assert len(shards(folder)) > 2 and not (folder / "model.safetensors").exists()
+    loads_equal(folder, want, idx)
+    loads_equal(folder / weights.INDEX, want, idx)
+    (folder / "config.json").unlink()  # then the shape comes from the tensors of all files
+    loads_equal(folder, want, idx)
+
+
+def test_one_file_wins_over_an_index(sharded):
+    """A folder that holds both is read as transformers does: the one file."""
+    folder, _, idx = sharded
+    other = tiny(GPTConfig(**vars(TINY) | dict(n_embd=128)), seed=9)
+    other.save_pretrained(folder)
+    with torch.no_grad():
+        loads_equal(folder, other(idx), idx)
+
+
+@pytest.mark.parametrize("name", ["../{}", "{folder}/../{}", "below/{}", ".."])
+def test_refuses_an_index_that_leaves_its_folder(sharded, name):
+    """An index is data from a stranger: it must not name a file elsewhere, though that file is whole and readable."""
+    folder = sharded[0]
+    file = shards(folder)[0]
+    for place in (folder.parent, folder / "below"):
+        place.mkdir(exist_ok=True)
+        shutil.copy(folder / file, place / file)
+    edit_index(
+        folder, lambda names: {k: name.format(file, folder=folder) if v == file else v for k, v in names.items()}
+    )
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(folder)
+    assert str(folder / weights.INDEX) in str(error.value) and "\n" not in str(error.value)
+    assert name == ".." or "it names a file outside its folder" in str(error.value)
+
+
+def edit_index(folder, change):
+    index = json.loads((folder / weights.INDEX).read_text())
+    index["weight_map"] = change(index["weight_map"])
+    (folder / weights.INDEX).write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize(
+    "damage", ["file missing", "file cut", "file unnamed", "not JSON", "no map", "a list", "numbers"]
+)
+def test_refuses_a_damaged_index(sharded, damage):
+    """One line that names the index, or the tensor that is then missing."""
+    folder = sharded[0]
+    file, index = folder / shards(folder)[1], folder / weights.INDEX
+    if damage == "file missing":
+        file.unlink()
+    elif damage == "file cut":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif damage == "file unnamed":
+        edit_index(folder, lambda names: {k: v for k, v in names.items() if v != file.name})
+    elif damage == "numbers":
+        edit_index(folder, lambda names: dict.fromkeys(names, 7))
+    else:
+        index.write_text({"not JSON": "<html>", "no map": "{}", "a list": "[]"}[damage])
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(folder)
+    says = "is missing" if damage == "file unnamed" else f"{index} cannot be read as weights"
+    assert says in str(error.value) and "\n" not in str(error.value)
+    assert damage != "file missing" or file.name in str(error.value)
+
+
+def test_refuses_an_untied_head(tmp_path, published):
+    """Two different embeddings cannot both be kept; dropping one in silence would load another model."""
+    folder = published[0]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["transformer.wte.weight"] + 1
+    with pytest.raises(ValueError, match=r"lm_head\.weight differs"):
+        GPT.from_pretrained(write(tmp_path, tensors, config=(folder / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin"])
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("drop", "transformer.h.1.mlp.c_fc.bias"),
+        ("drop", "transformer.wpe.weight"),
+        ("drop", "transformer.ln_f.weight"),
+        ("add", "transformer.h.2.ln_1.weight"),
+        ("add", "score.weight"),
+        ("shape", "transformer.h.0.attn.c_attn.weight"),
+        ("shape", "transformer.wpe.weight"),
+        ("transpose", "transformer.h.0.mlp.c_proj.weight"),
+    ],
+)
+def test_names_the_wrong_tensor(tmp_path, published, file, change, key):
+    """Missing, extra or misshapen: an error with the tensor's name, never a half-loaded model."""
+    folder = published[0]
+    tensors = load_file(folder / "model.safetensors")
+    if change == "drop":
+        del tensors[key]
+    elif change == "add":
+        tensors[key] = torch.ones(128)
+    else:
+        tensors[key] = tensors[key].t() if change == "transpose" else tensors[key][:-1]
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(write(tmp_path, tensors, file, (folder / "config.json").read_text()))
+    assert key in str(error.value) and "\n" not in str(error.value)
+    if change in ("shape", "transpose"):
+        assert "wanted (" in str(error.value)
+
+
+def reheadered(raw, change):
+    """The bytes of a safetensors file after `change` has been applied to its parsed header."""
+    size = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + size])
+    header = change(header) or header
+    head = json.dumps(header).encode()
+    return struct.pack("<Q", len(head)) + head + raw[8 + size :]
+
+
+def set_entry(**values):
+    return lambda header: header["transformer.wpe.weight"].update(values)
+
+
+DAMAGE = {
+    "cut in the tensors": lambda raw: raw[:-100],
+    "cut in the header": lambda raw: raw[:50],
+    "cut in the length": lambda raw: raw[:5],
+    "empty": lambda raw: b"",
+    "an error page": lambda raw: b"<!DOCTYPE html><html><body>Not found</body></html>",
+    "garbage header": lambda raw: raw[:8] + b"\xff" * 64 + raw[72:],
+    "header is a list": lambda raw: reheadered(raw, list),
+    "offsets behind the end": lambda raw: reheadered(raw, set_entry(data_offsets=[10**9, 10**9 + 24 * 128 * 4])),
+    "offsets negative": lambda raw: reheadered(raw, set_entry(data_offsets=[-24 * 128 * 4, 0])),
+    "offsets reversed": lambda raw: reheadered(raw, set_entry(data_offsets=[24 * 128 * 4, 0])),
+    "shape larger than its bytes": lambda raw: reheadered(raw, set_entry(shape=[240, 128])),
+    "shape negative": lambda raw: reheadered(raw, set_entry(shape=[-24, -128])),
+    "unknown dtype": lambda raw: reheadered(raw, set_entry(dtype="F8_E4M3")),
+    "no dtype": lambda raw: reheadered(raw, lambda header: header["transformer.wpe.weight"].pop("dtype") and None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_refuses_a_damaged_safetensors_file(tmp_path, published, damage):
+    """One line that names the file: no crash in a reader, no read outside the file, no half-loaded model."""
+    raw = (published[0] / "model.safetensors").read_bytes()
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(damage(raw))
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(file)
+    assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in DAMAGE if n.startswith(("offsets beh", "offsets neg", "offsets rev", "shape l"))]
+)
+def test_bad_offsets_name_the_tensor(tmp_path, published, name):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(DAMAGE[name]((published[0] / "model.safetensors").read_bytes()))
+    with pytest.raises(ValueError, match=r"tensor transformer\.wpe\.weight .*fetch it again"):
+        GPT.from_pretrained(file)
+
+
+class Bomb:
+    """Pickles to a call of a function, as a hostile weight file would."""
+
+    def __reduce__(self):
+        return (Path.touch, (Path("bomb-went-off"),))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [("pytorch_model.bin", d) for d in ("cut", "text", "empty", "bomb")]
+    + [("model.pt", d) for d in ("cut", "text", "bomb")],
+)
+def test_refuses_a_damaged_pickle(tmp_path, monkeypatch, published, file, damage):
+    """A .bin or .pt that is cut, not one at all, or would run code: an error that names it, and nothing runs."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / file
+    torch.save({"wte.weight": Bomb()} if damage == "bomb" else load_file(published[0] / "model.safetensors"), path)
+    if damage != "bomb":
+        path.write_bytes({"cut": path.read_bytes()[:-5000], "text": b"not found", "empty": b""}[damage])
+    with pytest.raises(ValueError) as error:
+        GPT.from_pretrained(path)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "bomb-went-off").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("activation_function", "gelu"),
+        ("model_type", "llama"),
+        ("layer_norm_epsilon", 1e-6),
+        ("n_inner", 100),
+        ("scale_attn_weights", False),
+        ("scale_attn_by_inverse_layer_idx", True),
+        ("tie_word_embeddings", False),
+    ],
+)
+def test_refuses_what_is_no_gpt2(tmp_path, published, key, value):
+    """A config.json that asks for other arithmetic than ours is refused by name instead of loaded wrongly."""
+    folder = published[0]
+    config = json.loads((folder / "config.json").read_text()) | {key: value}
+    write(tmp_path, load_file(folder / "model.safetensors"), config=json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json: {key}={value!r}"):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_accepts_the_usual_inner_width(tmp_path, published):
+    """n_inner = 4 * n_embd says what null says."""
+    folder, want, idx = published
+    config = json.loads((folder / "config.json").read_text()) | {"n_inner": 512}
+    loads_equal(write(tmp_path, load_file(folder / "model.safetensors"), config=json.dumps(config)), want, idx)
+
+
+@pytest.mark.parametrize("key", ["vocab_size", "n_positions", "n_layer", "n_head"])
+def test_names_what_the_config_lacks(tmp_path, published, key):
+    folder = published[0]
+    config = json.loads((folder / "config.json").read_text())
+    del config[key]
+    write(tmp_path, load_file(folder / "model.safetensors"), config=json.dumps(config))
+    with pytest.raises(ValueError, match=f"config.json lacks {key}"):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(("n_layer", "message"), [(1, "unexpected tensor"), (3, "is missing")])
+def test_refuses_a_config_of_other_depth(tmp_path, published, n_layer, message):
+    folder = published[0]
+    config = json.loads((folder / "config.json").read_text()) | {"n_layer": n_layer}
+    write(tmp_path, load_file(folder / "model.safetensors"), config=json.dumps(config))
+    with pytest.raises(ValueError, match=message):
+        GPT.from_pretrained(tmp_path)
+
+
+def test_nonexistent_paths(tmp_path):
+    """The error repeats what was asked for and lists what could have been."""
+    with pytest.raises(FileNotFoundError, match="no model 'gpt3'.*gpt2-xl"):
+        GPT.from_pretrained("gpt3")
+    with pytest.raises(FileNotFoundError, match="nowhere.safetensors"):
+        GPT.from_pretrained(tmp_path / "nowhere.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nowhere\.pt"):
+        GPT.from_pretrained(tmp_path / "nowhere.pt")
+
+
+def test_a_path_wins_if_it_is_written_as_one(tmp_path, monkeypatch):
+    """'gpt2' is the published model though a folder of that name lies here; './gpt2' is that folder, in scripts too."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    net = tiny()
+    net.save_pretrained("gpt2")
+    for path in ("./gpt2", str(tmp_path / "gpt2"), find("./gpt2"), find(str(tmp_path / "gpt2"))):
+        assert torch.equal(GPT.from_pretrained(path).lm_head.weight, net.lm_head.weight), path
+    for name in ("gpt2", find("gpt2")):
+        with pytest.raises(ConnectionError, match="HF_HUB_OFFLINE"):
+            GPT.from_pretrained(name)
+
+
+def test_refuses_another_vocabulary(tmp_path):
+    """A model and a tokenizer that do not belong together: both numbers, and what to give."""
+    tiny().save_pretrained(tmp_path)
+    assert GPT.from_pretrained(tmp_path, vocab_size=37).config == TINY
+    with pytest.raises(ValueError, match="has a vocabulary of 37, the tokenizer one of 38: give the --tokenizer"):
+        GPT.from_pretrained(tmp_path, vocab_size=38)
+
+
+def test_folder_without_weights(tmp_path):
+    """The error names the three files that would do."""
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(FileNotFoundError, match="holds neither " + " nor ".join(map(re.escape, files))):
+        GPT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("saved", [{"weights": torch.ones(2)}, [1, 2], torch.ones(2)], ids=["dict", "list", "tensor"])
+def test_pt_that_is_no_checkpoint(tmp_path, saved):
+    torch.save(saved, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=r"x\.pt is .*checkpoint of train\.py"):
+        GPT.from_pretrained(tmp_path / "x.pt")
+
+
+def test_reads_a_checkpoint(tmp_path):
+    """A .pt as train.py writes it holds our own layout, nothing transposed: bit for bit the same model."""
+    net = tiny()
+    path = tmp_path / "new" / "ckpt.pt"
+    state = {"model": net.state_dict(), "model_config": vars(net.config), "step": 3}
+    atomic_write(path, lambda f: torch.save(state, f))
+    again, (idx, lengths) = GPT.from_pretrained(path), batch()
+    assert again.config == net.config and load_checkpoint(path)["step"] == 3
+    assert torch.equal(again.sequence_nll(idx, lengths), net.sequence_nll(idx, lengths))
+
+
+def test_square_weights_are_not_confused(tmp_path):
+    """attn.c_proj is square, so that no shape check sees a forgotten or a doubled transpose: the values must."""
+    net = tiny()
+    torch.save({"model": net.state_dict(), "model_config": vars(net.config)}, tmp_path / "x.pt")
+    net.save_pretrained(tmp_path)
+    want = net.transformer.h[0].attn.c_proj.weight
+    for path in (tmp_path / "x.pt", tmp_path):
+        assert torch.equal(GPT.from_pretrained(path).transformer.h[0].attn.c_proj.weight, want)
+    stored = load_file(tmp_path / "model.safetensors")["transformer.h.0.attn.c_proj.weight"]
+    assert torch.equal(stored, want.t()) and not torch.equal(want, want.t())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# weights out
+
+
+def test_transformers_loads_what_we_save(tmp_path):
+    """No missing, unexpected or mismatched key, and the same logits."""
+    net = tiny(LONG)
+    net.save_pretrained(tmp_path / "new" / "folder")
+    hf, info = GPT2LMHeadModel.from_pretrained(tmp_path / "new" / "folder", output_loading_info=True)
+    assert not any(info[k] for k in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert hf.config.activation_function == "gelu_new" and hf.dtype == torch.float32
+    assert hf.config.eos_token_id == hf.config.bos_token_id == 60
+    idx = torch.randint(61, (2, 128))
+    with torch.no_grad():
+        assert max_diff(hf.eval()(idx).logits, net(idx)) < 1e-5
+
+
+def test_round_trip_is_bit_equal(tmp_path):
+    """Saved and loaded again: every tensor to the last bit, the same config, and no temporary file left."""
+    net = tiny(LONG)
+    net.save_pretrained(tmp_path)
+    again = GPT.from_pretrained(tmp_path)
+    assert again.config == net.config
+    for (name, a), b in zip(net.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
+
+
+def test_loaded_weights_do_not_hold_on_to_the_file(tmp_path):
+    """The tensors are mapped from the file while reading; training them must change neither it nor a second model."""
+    tiny().save_pretrained(tmp_path)
+    raw = (tmp_path / "model.safetensors").read_bytes()
+    a, b = GPT.from_pretrained(tmp_path), GPT.from_pretrained(tmp_path)
+    with torch.no_grad():
+        for p in a.parameters():
+            p.add_(1.0)
+    assert (tmp_path / "model.safetensors").read_bytes() == raw
+    assert torch.equal(b.lm_head.weight, tiny().lm_head.weight)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the hub, imitated
+
+NAME = "model.safetensors"
+REPO, REVISION = PUBLISHED["gpt2"]
+FIRST = f"/{REPO}/resolve/{REVISION}/{NAME}"  # answers with a redirect to SECOND, as the hub does
+SECOND = "/cdn/blob"
+FOLDER = "models--openai-community--gpt2"  # of the hub's own library
+CACHED = f"{FOLDER}/snapshots/{REVISION}/{NAME}"
+MAIN = f"{FOLDER}/refs/main"
+
+
+class Handler(BaseHTTPRequestHandler):
+    """The hub in two answers. What goes wrong is set on the server: see `hub`."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *args):
+        pass
+
+    def do_GET(self):
+        hub, self.close_connection = self.server, True
+        hub.seen.append(self.requestline.split()[1])  # self.path hides a double slash
+        if self.path in hub.answers:
+            status, headers, body = hub.answers[self.path]
+            self.reply(status, headers, body)
+        elif self.path == FIRST:
+            headers = {"X-Linked-Size": len(hub.data), "X-Linked-ETag": f'"{hub.sha256}"', "X-Repo-Commit": REVISION}
+            self.reply(302, headers | {"Location": hub.endpoint + SECOND}, b"Found. Redirecting")
+        elif self.path == SECOND:
+            self.send_data()
+        else:
+            self.reply(404, {"X-Error-Code": "EntryNotFound"}, b"Entry not found")
+
+    def send_data(self):
+        hub = self.server
+        end = hub.cuts.pop(0) if hub.cuts else len(hub.data)
+        if end < 0:  # hang up without a word, or with nonsense
+            self.wfile.write(b"" if end == -1 else b"nonsense\r\n")
+            return
+        self.reply(200, {"Content-Length": len(hub.data)} if hub.states_length else {})
+        for part in (hub.data[: end // 2], hub.data[end // 2 : max(0, end - 1)], hub.data[max(0, end - 1) : end]):
+            self.wfile.write(part)
+            hub.during.append(hub.target.exists())
+            if hub.wait:
+                hub.wait()
+        if end < len(hub.data) and hub.reset:  # an abrupt end instead of an orderly one
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+    def reply(self, status, headers, body=None):
+        self.send_response(status)
+        for key, value in (headers if body is None else headers | {"Content-Length": len(body)}).items():
+            self.send_header(key, str(value))
+        self.send_header("Connection", "close")
+        self.end_headers()
+        self.wfile.write(body or b"")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A running server with one small weight file, which 'gpt2' stands for, and the environment pointing to it and to a
+    new, empty cache folder.
+
+    data, states_length: what is served and how; answers: path -> (status, headers, body) in place of the usual one;
+    cuts: after how many bytes the next answers break off, reset: with a bang; wait: called as bytes flow; seen: the
+    path of every request; during: was `target` there as bytes flowed?
+    """
+    net, data = small_model(tmp_path / "made")
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.net, server.data, server.sha256 = net, data, hashlib.sha256(data).hexdigest()
+    monkeypatch.setitem(SHA256, "gpt2", server.sha256)
+    server.folder, server.target = tmp_path / "cache", tmp_path / "cache" / NAME
+    server.answers, server.states_length, server.cuts, server.reset, server.wait = {}, True, [], False, None
+    server.seen, server.during = [], []
+    server.endpoint = f"http://127.0.0.1:{server.server_port}"
+    server.url = server.endpoint + FIRST
+    point_at(monkeypatch, server.endpoint, server.folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs=dict(poll_interval=0.01), daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def small_model(folder):
+    """A model of GPT-2's vocabulary and context, and its file's bytes: 0.8 MB instead of 500."""
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(**SMALL))
+    net.save_pretrained(folder)
+    return net, (folder / NAME).read_bytes()
+
+
+SMALL = dict(n_layer=1, n_head=1, n_embd=4)
+
+
+def point_at(monkeypatch, endpoint, cache):
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    monkeypatch.setenv("HF_HUB_CACHE", str(cache))
+    monkeypatch.setenv("no_proxy", "*")  # the developer's proxy is no part of this test
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+
+def files(folder):
+    return sorted(str(f.relative_to(folder)) for f in Path(folder).rglob("*") if not f.is_dir())
+
+
+def is_the_model(hub):
+    """Whether 'gpt2' is what the server has, by every parameter."""
+    ours, want = GPT.from_pretrained("gpt2"), hub.net
+    pairs = zip(ours.state_dict().items(), want.state_dict().values(), strict=True)
+    return ours.config == want.config and all(torch.equal(a, b) for (_, a), b in pairs)
+
+
+def refused(hub):
+    """The one line of a download that fails, with nothing left of it, and the line that the user sees of that."""
+    cuts = list(hub.cuts)
+    with pytest.raises(OSError) as plain:
+        download(hub.url, hub.target, hub.sha256)
+    assert type(plain.value) is OSError and "\n" not in str(plain.value) and files(hub.folder) == []
+    hub.cuts = cuts  # the same again
+    with pytest.raises(ConnectionError) as error:
+        GPT.from_pretrained("gpt2")
+    line = str(error.value)
+    assert line.startswith(f"gpt2: {hub.url} could not be fetched (") and "\n" not in line
+    assert "configs/toy_cp.py" in line and files(hub.folder) == []
+    return str(plain.value)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# all goes well
+
+
+def test_complete_download(hub, capsys):
+    """The bytes arrive under the final name only when whole, and nothing else is left; the bar goes to stderr."""
+    assert download(hub.url, hub.target, hub.sha256) == hub.target
+    assert hub.target.read_bytes() == hub.data
+    assert files(hub.folder) == [NAME]
+    assert hub.during == [False] * 3  # while bytes flow, no reader can take them for the file
+    assert hub.seen == [FIRST, SECOND]
+    out, err = capsys.readouterr()
+    assert out == f"fetching     {hub.url}\n" and "100%" in err
+
+
+def test_download_makes_folders_and_takes_text(hub):
+    """A target several folders deep, given as str."""
+    target = hub.folder / "a" / "b" / NAME
+    assert download(hub.url, str(target), hub.sha256) == target and target.read_bytes() == hub.data
+
+
+def test_from_pretrained_downloads_once(hub):
+    """The name alone gives the model; the file lies in the hub's cache layout and the second call asks nobody."""
+    assert is_the_model(hub)
+    assert files(hub.folder) == [MAIN, CACHED] and hub.seen == [FIRST, SECOND]
+    assert (hub.folder / CACHED).read_bytes() == hub.data and (hub.folder / MAIN).read_text() == REVISION
+    hub.seen.clear()
+    assert is_the_model(hub) and hub.seen == []
+
+
+def test_the_hub_library_finds_what_we_fetch(hub):
+    """Other programs need not fetch it again."""
+    library = pytest.importorskip("huggingface_hub")
+    find = lambda: library.try_to_load_from_cache(REPO, NAME, cache_dir=hub.folder)
+    assert find() is None and is_the_model(hub) and find() == str(hub.folder / CACHED)
+
+
+def test_main_is_left_alone(hub):
+    """What the hub library has noted as the newest revision stays so; our file is found beside it all the same."""
+    (hub.folder / MAIN).parent.mkdir(parents=True)
+    (hub.folder / MAIN).write_text("0" * 40)
+    assert is_the_model(hub) and (hub.folder / MAIN).read_text() == "0" * 40
+    hub.seen.clear()
+    assert is_the_model(hub) and hub.seen == []
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("to", ["/new-owner/gpt2/resolve/main/x", "{endpoint}/mirror/gpt2?a=b%20c"])
+def test_redirects(hub, status, to):
+    """A renamed repository answers 307 to its new path, a mirror 308 to another address, before the hub's own 302."""
+    to = to.format(endpoint=hub.endpoint)
+    path = to.removeprefix(hub.endpoint)
+    hub.answers = {FIRST: (status, {"Location": to}, b"moved"), path: (302, {"Location": SECOND}, b"")}
+    assert is_the_model(hub) and hub.seen == [FIRST, path, SECOND]
+
+
+@pytest.mark.parametrize("states_length", [True, False])
+def test_plain_server(hub, states_length):
+    """A file server that answers at once, and one that does not say how much will come."""
+    hub.states_length, hub.url = states_length, hub.endpoint + SECOND
+    assert download(hub.url, hub.target, hub.sha256) == hub.target
+    assert hub.target.read_bytes() == hub.data and files(hub.folder) == [NAME] and hub.seen == [SECOND]
+
+
+def test_endpoint_with_a_slash(hub, monkeypatch):
+    """HF_ENDPOINT=https://mirror.example/ is what people write; an empty one means the hub."""
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint + "/")
+    assert is_the_model(hub) and hub.seen == [FIRST, SECOND]
+    monkeypatch.setenv("HF_ENDPOINT", "")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.rmtree(hub.folder)
+    with pytest.raises(ConnectionError, match=f"https://huggingface.co{FIRST} "):
+        GPT.from_pretrained("gpt2")
+
+
+THREE = """
+import os, sys, traceback
+sys.path.insert(0, sys.argv[1])
+from engine import weights
+weights.SHA256["gpt2"] = sys.argv[2]
+children = []
+for _ in range(3):
+    if child := os.fork():
+        children.append(child)
+        continue
+    try:
+        shape, tensors = weights.load_weights("gpt2")
+        os.write(1, f"{shape['n_embd']} {tensors['transformer.wte.weight'].double().sum().item()}\\n".encode())
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
+    os._exit(0)
+for child in children:
+    os.waitpid(child, 0)
+"""
+
+
+def test_three_processes_at_once(hub):
+    """Three runs of a sweep start together on a new machine, and all miss the same file.
+
+    The server holds each of its answers back until all three have come so far, at half of the file and at its last
+    bytes: so they overlap whatever the machine's mood. Each must end with the right bytes, and the folder must hold
+    nothing but the file and refs/main. If both were written by way of one temporary name, one process could rename what
+    another still writes, or has renamed already: refs/main was, and of three processes one or two died of it.
+    """
+    hub.wait = threading.Barrier(3, timeout=60).wait
+    argv = [sys.executable, "-c", THREE, str(ROOT), hub.sha256]
+    done = subprocess.run(argv, capture_output=True, text=True, timeout=120)
+    want = f"4 {hub.net.lm_head.weight.double().sum().item()}"
+    assert [line for line in done.stdout.splitlines() if line.startswith("4 ")] == [want] * 3, done.stderr
+    assert "Traceback" not in done.stderr and done.returncode == 0, done.stderr
+    assert hub.seen.count(SECOND) == 3 and hub.during[:6] == [False] * 6  # all were under way before one was done
+    assert files(hub.folder) == [MAIN, CACHED]
+    assert (hub.folder / CACHED).read_bytes() == hub.data and (hub.folder / MAIN).read_text() == REVISION
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the hub's cache
+
+
+@pytest.mark.parametrize("folder", [FOLDER, "models--gpt2"])
+@pytest.mark.parametrize("file", [NAME, "pytorch_model.bin", weights.INDEX])
+def test_file_in_the_hub_cache_is_used(hub, file, folder):
+    """As the hub's library stores it: links from snapshots/<commit> into blobs, under the repository's present name or
+    the older one, 'gpt2'. Not one request is made."""
+    repo = hub.folder / folder
+    state = {k: v.t() if weights._is_conv1d(k) else v for k, v in hub.net.state_dict().items() if k != "lm_head.weight"}
+    if file == weights.INDEX:
+        names = {k: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, k in enumerate(state)}
+        for name in set(names.values()):
+            blob = link(repo, name, "0" * 40)
+            save_file({k: v.contiguous() for k, v in state.items() if names[k] == name}, blob)
+        link(repo, file, "0" * 40).write_text(json.dumps({"metadata": {}, "weight_map": names}))
+    elif file == NAME:
+        link(repo, file, "0" * 40).write_bytes(hub.data)
+    else:
+        torch.save(state, link(repo, file, "0" * 40))
+    before = files(hub.folder)
+    assert is_the_model(hub) and hub.seen == [] and files(hub.folder) == before
+
+
+def link(repo, name, revision):
+    """Make snapshots/<revision>/<name> a link to a blob that does not exist yet, and return that blob's path."""
+    blob, place = repo / "blobs" / f"{revision[:4]}-{name}", repo / "snapshots" / revision / name
+    for path in (blob, place):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    place.symlink_to(f"../../blobs/{blob.name}")
+    return blob
+
+
+def other_model(tmp_path):
+    """The bytes of another model of the same shape."""
+    torch.manual_seed(1)
+    GPT(GPTConfig(**SMALL)).save_pretrained(tmp_path / "other")
+    return (tmp_path / "other" / NAME).read_bytes()
+
+
+@pytest.mark.parametrize("main", ["0" * 40, "8" * 40, "f" * 40])
+def test_main_comes_first_among_snapshots(hub, tmp_path, main):
+    """Of several revisions the hub's library reads the one that refs/main names: so do we, wherever it sorts."""
+    for revision in ("0" * 40, "8" * 40, "f" * 40):
+        data = hub.data if revision == main else other_model(tmp_path)
+        link(hub.folder / FOLDER, NAME, revision).write_bytes(data)
+    (hub.folder / MAIN).parent.mkdir()
+    (hub.folder / MAIN).write_text(main + "\n")
+    assert is_the_model(hub) and hub.seen == []
+
+
+@pytest.mark.parametrize("main", [None, "", "a" * 40, "b" * 40], ids=["none", "empty", "gone", "without weights"])
+def test_main_that_leads_nowhere(hub, main):
+    """Without refs/main, or where its snapshot holds no weights (only a tokenizer, say), another snapshot will do."""
+    link(hub.folder / FOLDER, NAME, "c" * 40).write_bytes(hub.data)
+    link(hub.folder / FOLDER, "vocab.json", "b" * 40).write_text("{}")
+    if main is not None:
+        (hub.folder / MAIN).parent.mkdir()
+        (hub.folder / MAIN).write_text(main)
+    assert is_the_model(hub) and hub.seen == []
+
+
+def test_the_longer_name_comes_first(hub, tmp_path):
+    """With both folders there, the repository's present name wins over the older one."""
+    link(hub.folder / "models--gpt2", NAME, "0" * 40).write_bytes(other_model(tmp_path))
+    link(hub.folder / FOLDER, NAME, "0" * 40).write_bytes(hub.data)
+    assert is_the_model(hub) and hub.seen == []
+
+
+def test_a_dangling_link_is_no_file(hub):
+    """Of blobs that were cleared away the links remain: those are passed over, and replaced by a download."""
+    link(hub.folder / FOLDER, NAME, "0" * 40)
+    link(hub.folder / FOLDER, NAME, REVISION)
+    (hub.folder / MAIN).parent.mkdir()
+    (hub.folder / MAIN).write_text("0" * 40)
+    assert is_the_model(hub) and hub.seen == [FIRST, SECOND]
+    assert (hub.folder / CACHED).read_bytes() == hub.data and not (hub.folder / CACHED).is_symlink()
+    link(hub.folder / "models--gpt2", NAME, "0" * 40)
+    assert is_the_model(hub) and hub.seen == [FIRST, SECOND]
+
+
+def test_a_snapshot_with_a_good_link_wins_over_a_dangling_one(hub):
+    link(hub.folder / FOLDER, NAME, "0" * 40)
+    link(hub.folder / FOLDER, NAME, "f" * 40).write_bytes(hub.data)
+    assert is_the_model(hub) and hub.seen == []
+
+
+def test_hub_cache_folder(monkeypatch, tmp_path):
+    """HF_HUB_CACHE before HF_HOME before XDG_CACHE_HOME before the home folder; an empty variable counts as none."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "a"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "b"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "c"))
+    assert hub_cache() == tmp_path / "a"
+    monkeypatch.setenv("HF_HUB_CACHE", "")
+    assert hub_cache() == tmp_path / "b" / "hub"
+    monkeypatch.setenv("HF_HOME", "")
+    assert hub_cache() == tmp_path / "c" / "huggingface" / "hub"
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert hub_cache() == tmp_path / ".cache" / "huggingface" / "hub"
+    for name in ("HF_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name)
+    assert hub_cache() == tmp_path / ".cache" / "huggingface" / "hub"
+
+
+@pytest.mark.filterwarnings("ignore:'huggingface_hub.constants' found in sys.modules:RuntimeWarning")
+@pytest.mark.parametrize(
+    "variables",
+    [
+        dict(),
+        dict(XDG_CACHE_HOME="/x"),
+        dict(XDG_CACHE_HOME="~/x"),
+        dict(HF_HOME="/h", XDG_CACHE_HOME="/x"),
+        dict(HF_HOME="~/h"),
+        dict(HF_HUB_CACHE="/c", HF_HOME="/h", XDG_CACHE_HOME="/x"),
+        dict(HF_HUB_CACHE="~/c"),
+    ],
+    ids=str,
+)
+def test_hub_cache_is_the_hub_librarys(monkeypatch, variables):
+    """The same folder as a fresh import of the library takes."""
+    pytest.importorskip("huggingface_hub")
+    for name in ("HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE", "HF_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert str(hub_cache()) == runpy.run_module("huggingface_hub.constants")["HF_HUB_CACHE"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the line breaks: nothing is resumed, nothing is left, and the next call fetches the whole
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+@pytest.mark.parametrize(
+    "at", [0, 1000, 600_000, -1], ids=["before the first byte", "early", "late", "before the last"]
+)
+def test_a_cut(hub, at, reset):
+    """Whether the line was closed or reset, the error says what to do, and doing so helps."""
+    at = at if at >= 0 else len(hub.data) - 1
+    hub.cuts, hub.reset = [at], reset
+    line = refused(hub)
+    assert "run again" in line and (reset or "cut off" in line)
+    assert hub.seen == [FIRST, SECOND] * 2 and not any(hub.during)
+    assert is_the_model(hub) and files(hub.folder) == [MAIN, CACHED]
+
+
+def test_a_cut_without_a_stated_length(hub):
+    """There an early end looks like the end: the sha256 tells them apart."""
+    hub.cuts, hub.states_length = [600_000], False
+    assert "cut off" in refused(hub)
+    assert is_the_model(hub)
+
+
+@pytest.mark.parametrize("end", [-1, -2], ids=["hangs up", "talks nonsense"])
+def test_no_answer(hub, end):
+    """A server that hangs up without a word, or speaks no HTTP: one line, no traceback of the HTTP library."""
+    hub.cuts = [end]
+    assert "run again" in refused(hub)
+    assert is_the_model(hub)
+
+
+def test_a_dead_line(hub, monkeypatch):
+    """A server that falls silent half-way is given up after 30 seconds (here 0.3). The time limit is for downloads
+    alone: what was set before holds again after it."""
+    over, real = threading.Event(), socket.setdefaulttimeout
+    hub.wait = lambda: over.wait(20)
+    limits = []
+    monkeypatch.setattr(socket, "setdefaulttimeout", lambda s: limits.append(s) or real(0.3 if s == 30 else s))
+    began = time.monotonic()
+    assert "timed out" in refused(hub)
+    assert time.monotonic() - began < 5 and limits == [30, None] * 2 and socket.getdefaulttimeout() is None
+    over.set()
+    real(17)
+    try:
+        assert is_the_model(hub) and socket.getdefaulttimeout() == 17
+    finally:
+        real(None)
+
+
+def test_an_interrupted_download_leaves_nothing(hub, monkeypatch):
+    """Ctrl-C half-way: no part of the file stays, and the time limit is taken back."""
+
+    def interrupt(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch.hub.tqdm, "update", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        GPT.from_pretrained("gpt2")
+    assert files(hub.folder) == [] and socket.getdefaulttimeout() is None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# the wrong bytes, or none
+
+
+def test_wrong_bytes(hub):
+    """Another file of the right size: refused by its sha256, thrown away, and fetched anew by the next call."""
+    good, hub.data = hub.data, bytes(len(hub.data))
+    assert "another file, by its sha256" in refused(hub)
+    hub.data = good
+    assert is_the_model(hub)
+
+
+@pytest.mark.parametrize("off", [-10, 10])
+def test_wrong_size(hub, off):
+    """The file with some bytes less or more, as an older or newer version would be."""
+    good, hub.data = hub.data, (hub.data + bytes(10))[: len(hub.data) + off]
+    assert "by its sha256" in refused(hub)
+    hub.data = good
+    assert is_the_model(hub)
+
+
+def test_a_login_page(hub):
+    """A hotel's network answers everything with 200 and a page: no page is taken for weights."""
+    hub.answers = {FIRST: (200, {"Content-Type": "text/html"}, b"<!DOCTYPE html><html>Please log in</html>")}
+    assert "by its sha256" in refused(hub) and hub.seen == [FIRST] * 2
+
+
+def test_a_wrong_file_does_not_replace_a_right_one(hub):
+    """What is at the target stays until something better is whole."""
+    hub.folder.mkdir()
+    hub.target.write_bytes(b"old")
+    hub.data = b"new, but wrong"
+    with pytest.raises(OSError, match="sha256"):
+        download(hub.url, hub.target, hub.sha256)
+    assert hub.target.read_bytes() == b"old" and files(hub.folder) == [NAME]
+
+
+@pytest.mark.parametrize("status", [404, 401, 503])
+def test_http_errors(hub, status):
+    """The status reaches the user, and no error page is taken for weights. What the server will not give by asking
+    twice is not to be asked for again."""
+    hub.answers = {FIRST: (status, {}, b"an error page")}
+    line = refused(hub)
+    assert f"HTTP Error {status}" in line and hub.seen == [FIRST] * 2 and ("run again" in line) == (status == 503)
+
+
+def test_error_behind_the_redirect(hub):
+    """The first answer promises a file that the second refuses."""
+    hub.answers = {SECOND: (403, {}, b"")}
+    line = refused(hub)
+    assert "HTTP Error 403" in line and "run again" not in line
+
+
+def test_redirects_in_a_circle(hub):
+    """The HTTP library's message on that has three lines: the user sees one."""
+    hub.answers = {FIRST: (302, {"Location": FIRST}, b"")}
+    assert "infinite loop" in refused(hub)
+
+
+@pytest.mark.parametrize("endpoint", ["huggingface.co", "nonsense://x", "http://[", "http://127.0.0.1:port"])
+def test_an_endpoint_that_is_no_address(hub, monkeypatch, endpoint):
+    """HF_ENDPOINT without https:// and the like: the URL in the error shows it."""
+    monkeypatch.setenv("HF_ENDPOINT", endpoint)
+    with pytest.raises(ConnectionError) as error:
+        GPT.from_pretrained("gpt2")
+    assert f"gpt2: {endpoint}{FIRST} could not be fetched" in str(error.value) and "\n" not in str(error.value)
+    assert files(hub.folder) == [] and hub.seen == []
+
+
+def test_a_cache_that_cannot_be_written(hub, monkeypatch, tmp_path):
+    """A file stands where the folder should be: one line with the path, as for a network that fails."""
+    (tmp_path / "occupied").write_text("")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "occupied"))
+    with pytest.raises(ConnectionError, match=f"gpt2: .*{tmp_path / 'occupied'}") as error:
+        GPT.from_pretrained("gpt2")
+    assert "\n" not in str(error.value)
+
+
+def put_by_hand(tmp_path, target):
+    """Do what the error says, and load."""
+    net, data = small_model(tmp_path / "made")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+    assert torch.equal(GPT.from_pretrained("gpt2").lm_head.weight, net.lm_head.weight)
+
+
+def test_no_network(tmp_path, monkeypatch):
+    """Offline, at once: which file, from where, where to put it, and which config needs none. And doing so helps."""
+    cache = tmp_path / "cache"
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        port = s.getsockname()[1]
+        point_at(monkeypatch, f"http://127.0.0.1:{port}", cache)
+        began = time.monotonic()
+        with pytest.raises(ConnectionError) as error:
+            GPT.from_pretrained("gpt2")
+        assert time.monotonic() - began < 5
+    text, target = str(error.value), cache / CACHED
+    for part in (
+        "gpt2",
+        f"http://127.0.0.1:{port}{FIRST}",
+        f"Put that file at {target}",
+        f"`hf download {REPO} {NAME}`",
+        "--init_from=",
+        "configs/toy_cp.py",
+    ):
+        assert part in text, part
+    assert "\n" not in text and files(tmp_path) == []
+    put_by_hand(tmp_path, target)
+
+
+@pytest.mark.parametrize("value", ["1", "true", "YES", "on"])
+def test_offline_mode(hub, monkeypatch, tmp_path, value):
+    """HF_HUB_OFFLINE as the hub's library reads it: nobody is asked, the error says why, and a cached file loads."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    with pytest.raises(
+        ConnectionError, match=f"gpt2: {hub.url} could not be fetched .HF_HUB_OFFLINE is set.. Put that"
+    ):
+        GPT.from_pretrained("gpt2")
+    assert hub.seen == [] and files(hub.folder) == []
+    put_by_hand(tmp_path, hub.folder / CACHED)
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize("value", ["0", "", "false", "no"])
+def test_not_offline(hub, monkeypatch, value):
+    monkeypatch.setenv("HF_HUB_OFFLINE", value)
+    assert is_the_model(hub) and hub.seen == [FIRST, SECOND]
+
+
+def test_each_name_has_its_repository(hub):
+    """Every published name asks for its own file at its pinned revision: this server knows only gpt2, so that the
+    others show their URL."""
+    asked = set()
+    assert PUBLISHED.keys() == SHA256.keys()
+    for name, (repo, revision) in PUBLISHED.items():
+        assert re.fullmatch("[0-9a-f]{40}", revision) and re.fullmatch("[0-9a-f]{64}", SHA256[name]), name
+        if name == "gpt2":
+            continue
+        assert repo.split("/")[1] == name
+        asked.add(path := f"/{repo}/resolve/{revision}/{NAME}")
+        with pytest.raises(ConnectionError, match=f"{name}: {hub.endpoint}{path} .*HTTP Error 404"):
+            GPT.from_pretrained(name)
+    assert (
+        set(hub.seen)
+        == asked
+        == {
+            f"/distilbert/distilgpt2/resolve/{PUBLISHED['distilgpt2'][1]}/{NAME}",
+            f"/openai-community/gpt2-medium/resolve/{PUBLISHED['gpt2-medium'][1]}/{NAME}",
+            f"/openai-community/gpt2-large/resolve/{PUBLISHED['gpt2-large'][1]}/{NAME}",
+            f"/openai-community/gpt2-xl/resolve/{PUBLISHED['gpt2-xl'][1]}/{NAME}",
+        }
+    )
