@@ -285,7 +285,7 @@ def evaluate_run(config, command):
         compare_tasks(ev)
     if "drift" in ev.parts:
         compare_drift(ev)
-    out = close(ev, command, began)
+    out = write_results(ev, command, began)
     if config.plot:
         report.plot_scores({side: places["groups"]["auc"] for side, places in ev.measured.items()}, config.plot)
         if (ev.out / "log.jsonl").is_file():
@@ -305,7 +305,7 @@ def differences(ev):
     return out
 
 
-def close(ev, command, began):
+def write_results(ev, command, began):
     """Print table, samples and warnings; write eval.json and what summary.json lacks."""
     c, scorer, compared = ev.config, ev.setup.scorer, differences(ev)
     print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes))
