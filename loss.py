@@ -1,4 +1,4 @@
-"""Every objective, as a pure function of sentence scores: no model, no files, no settings.
+"""Every objective, as a pure function of sentence scores: no model, no files, no settings. (Anchors: train.py.)
 
 Contrastive perplexity (Klein & Nabi, ACL 2025, arXiv 2401.08491) in a dozen lines. Group i holds harmless sentences
 P_i and toxic ones N_i that say the same thing. A sentence's score is its log-perplexity under the model,
@@ -30,7 +30,7 @@ Differences from the paper (Eq. 1 to 6), and from the code released with it:
 4. |phi - c| has two sides: a negative that starts *below* the centroid is pushed further down, and toxic text becomes
    more likely. Watch `signed_gap`. distance='signed' is the alternative: a negative's distance is phi - c without the
    bars, so that every negative is pushed up. (Positives keep the bars: they gather round c.)
-5. The gradient also flows through c_i: positives can move as one. detach_centroid=True holds the centroid still.
+5. c_i carries gradient: negatives move it as well, and with it all positives. detach_centroid=True cuts that path.
 6. Nothing in J keeps the model a language model. A common shift of all scores is free, since the centroid shifts along,
    and no negative is ever unlikely enough. The anchors of train.py, which are not in the paper, hold it: nll_weight
    (mean phi of the positives), kl_weight (KL from the frozen base model, per token, on the positives), and anchor_nll

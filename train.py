@@ -69,8 +69,8 @@ class Run:
 def objective(model, base, batch, config):
     """Loss of one batch, and the parts of it to log.
 
-    MODIFY HERE. pos (G, P) and neg (G, N) are mean nlls in nats; `cp` is a scalar to minimise. An objective that wants
-    the base's scores finds them by base.sequence_nll(idx, batch.lengths), laid out as phi is.
+    Rows of idx: group after group, its P positives, then its N negatives; B = G (P + N). Scores under the frozen base:
+    base.sequence_nll(idx, batch.lengths).view_as(phi).
     """
     idx = batch.idx.to(model.device, non_blocking=True)  # (B, T)
     phi = model.sequence_nll(idx, batch.lengths)  # (B,)
@@ -82,7 +82,8 @@ def objective(model, base, batch, config):
     cp, diagnostics = contrastive_perplexity(
         pos, neg, config.tau, config.alpha, config.variant, config.distance, config.detach_centroid, config.score
     )
-    loss = config.cp_weight * cp + config.nll_weight * pos.mean()  # a mean over sentences; anchors: over tokens
+    # MODIFY HERE: cp = your_objective(pos, neg), mean nlls in nats -> a scalar to minimise
+    loss = config.cp_weight * cp + config.nll_weight * pos.mean()  # over sentences, as kl below; anchor_*: over tokens
     log = {"cp": cp.detach(), "nll": pos.detach().mean()}
     log |= {k: diagnostics[k].mean() for k in ("spread", "separation", "signed_gap", "rank_accuracy")}
     if config.kl_weight:
