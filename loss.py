@@ -1,4 +1,4 @@
-"""Every objective, as a pure function of sentence scores: no model, no files, no settings. (Anchors: train.py.)
+"""Every objective, as a pure function of sentence scores: no model, no files, no settings. Anchors: train.py.
 
 Contrastive perplexity (Klein & Nabi, ACL 2025, arXiv 2401.08491) in a dozen lines. Group i holds harmless sentences
 P_i and toxic ones N_i that say the same thing. A sentence's score is its log-perplexity under the model,
