@@ -250,12 +250,11 @@ def generate(s, out):
     noise = torch.rand(rows, s.new, 4, generator=torch.Generator().manual_seed(4))
     before = sentences(1, 40, 40, V)[0][0, :41].tolist()
     cases = {"sampled": {}, "greedy": dict(temperature=0.0), "noise given": dict(generator=noise)}
-    cases |= {"4 samples": dict(samples=4), "prefix": dict(prefix=before, temperature=0.0)}
+    cases |= {"4 samples": dict(samples=4)}
     for name, case in cases.items():
         got = []
         for m in (model, there):
             how = dict(top_p=0.9, stop_token=V - 1, generator=torch.Generator().manual_seed(3)) | case
-            how |= dict(prefix=m.read_prefix(before)) if "prefix" in case else {}
             got.append([x.cpu() for x in m.generate(idx.to(m.device), lengths, s.new, **how)])
         (want, count), (tokens, count_there) = got
         same, counts = tokens == want, (count == count_there).float().mean()
@@ -263,7 +262,8 @@ def generate(s, out):
         row = dict(equal_tokens=same.float().mean(), equal_rows=same.all(1).float().mean(), equal_counts=counts)
         ties_a_token = ties / (same.cumprod(1).sum().item() + ties)
         out[name] = row | dict(ties_a_token=ties_a_token, distinct=len(want.unique())) | verdict(ties_a_token, 0.03)
-    # A prefix that is read once, against the same tokens in front of every prompt, both on the device.
+    # A prefix that is read once, against the same tokens in front of every prompt, both on the device: behind 40 random
+    # tokens this model is so chaotic that weights changed by 1e-6 turn 8 tokens in a hundred, and the CPU is no judge.
     how = dict(temperature=0.0, stop_token=V - 1)
     shared, _ = there.generate(idx.to(s.device), lengths, s.new, prefix=there.read_prefix(before), **how)
     front = torch.tensor([before]).expand(rows, -1)
