@@ -268,7 +268,7 @@ def load_config(script, argv=None, start=None):
 def before_torch(script, doc):
     """The first line of a script, before torch is imported (that takes seconds): answers --help with the script's
     docstring and its settings, in named groups, and exits."""
-    # Threads that spin long while they wait slow down a job beside them: of two toy runs on two cores each step takes 0.5
+    # Threads that spin long while they wait slow down a job beside them: of two toy runs on two cores a step takes 0.5
     # to 1.3 s, with less patience 0.4 s. Alone a step takes 4 % longer at most.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     if not {"-h", "--help"} & set(sys.argv[1:]):
