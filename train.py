@@ -137,11 +137,9 @@ def fit(run):
             if last or stop:
                 return last
 
-            # ---- one optimiser step
+            # ---- one optimiser step, on batches that depend on the step alone: so a run can be resumed
             start, n = time.perf_counter(), config.grad_accum
-            batches = [
-                run.batches[step * n + i] for i in range(n)
-            ]  # they depend on the step alone: a run can be resumed
+            batches = [run.batches[step * n + i] for i in range(n)]
             record = backward(run, batches)
             record["grad_norm"] = update(run, batches, learning_rate(step, config))
             run.step += 1
