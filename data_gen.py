@@ -218,7 +218,7 @@ def read_seeds(config):
 
 def draw_demonstrations(config, seeds):
     """({side: text}, inputs shown): the same groups for both prompts. Those whose input is a seed come last."""
-    groups = data.load_groups(str(find(config.demos)))["train"]
+    groups = data.load_groups(config.demos)["train"]
     if len(groups) < config.shots:
         raise ValueError(f"{config.demos} has {len(groups)} groups of split train, wanted --shots={config.shots}")
     rng, texts = np.random.default_rng([config.seed, 8]), {s.text for s in seeds}

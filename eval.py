@@ -161,8 +161,8 @@ def text_of(ev):
     return f"text {path.name}", *read_measured_text(path, ev.setup.tokenizer), context
 
 
-def compare_texts(ev):
-    place, tokens, pages, context = text_of(ev)
+def compare_texts(ev, text):
+    place, tokens, pages, context = text
     compute = lambda model: measure_text(model, ev.setup.tokenizer, tokens, pages, context)
     measure_sides(ev, place, place, [tokens, pages, context], compute)
 
@@ -177,9 +177,9 @@ def compare_tasks(ev):
         measure_sides(ev, place, place, items, compute)
 
 
-def compare_drift(ev):
-    if ev.config.text:
-        place, tokens, _, context = text_of(ev)
+def compare_drift(ev, text):
+    if text:
+        place, tokens, _, context = text
         sequences = [w for w, _ in windows(tokens, context, context)]
     else:
         place, sentences = "groups", [t for g in ev.groups["test"] for t in g.positives]
@@ -279,12 +279,13 @@ def evaluate_run(config, command):
         compare_samples(ev)
     if "rewriting" in ev.parts:
         compare_rewrites(ev)
-    if "fluency" in ev.parts and config.text:
-        compare_texts(ev)
+    text = text_of(ev) if config.text and {"fluency", "drift"} & set(ev.parts) else None
+    if "fluency" in ev.parts and text:
+        compare_texts(ev, text)
     if "utility" in ev.parts:
         compare_tasks(ev)
     if "drift" in ev.parts:
-        compare_drift(ev)
+        compare_drift(ev, text)
     out = write_results(ev, command, began)
     if config.plot:
         report.plot_scores({side: places["groups"]["auc"] for side, places in ev.measured.items()}, config.plot)

@@ -56,8 +56,9 @@ class Run:
     scaler: torch.amp.GradScaler
     batches: data.Batches
     held_out: list  # groups (cp) or token lists (lm) of the validation
-    test: list  # groups of the closing table
+    groups: dict  # by split; test is for the closing table. Empty for lm
     step: int = 0  # the next one to be done
+    base_measures: dict = None  # of the base, on the validation
     best: dict = None  # cost and step of best.pt
     tokens: int = 0  # scored in training since the start or resumption
     seconds: float = 0.0  # that it took
@@ -115,7 +116,7 @@ def learning_rate(step, config):
 
 def fit(run):
     """The training loop. Returns True, or False if Ctrl-C ended it early (then last.pt holds that step)."""
-    config, base_measures = run.config, validate(run, run.base)
+    config, run.base_measures = run.config, validate(run, run.base)
     log = Log(run.out / "log.jsonl", keep=lambda record: record["step"] < run.step)  # later ones are made again
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True)
     with bar, first_interrupt() as stop:
@@ -124,8 +125,8 @@ def fit(run):
             step, last = run.step, run.step == config.max_steps
             due = step == 0 or last or (config.eval_interval and step % config.eval_interval == 0)
             if due:
-                m = base_measures if step == 0 else validate(run, run.model)
-                cost = m["val_nll"] if config.objective == "lm" else report.selection_cost(m, base_measures)
+                m = run.base_measures if step == 0 else validate(run, run.model)
+                cost = m["val_nll"] if config.objective == "lm" else report.selection_cost(m, run.base_measures)
                 log.write(dict(step=step, split="val", cost=cost, **m))
                 bar.write(validation_line(step, cost, m))
                 if step and (run.best is None or cost < run.best["cost"]):
@@ -263,19 +264,18 @@ def set_up(config):
     saved = resume_state(out, config.resume)
     setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
     model = setup.models["model"]
-    batches, held_out, test = open_data(config, setup.tokenizer, model.config.n_positions)
+    batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
     base = copy.deepcopy(model).requires_grad_(False)
     if config.objective == "cp" and config.anchor_kl + config.anchor_nll:
         with setup.amp():
-            train_groups = data.load_groups(config.data)["train"]
-            texts, starts = sample_harmless(base, setup.tokenizer, setup.scorer, config, train_groups)
+            texts, starts = sample_harmless(base, setup.tokenizer, setup.scorer, config, groups["train"])
         sizes = (config.anchor_batch, config.seed, model.config.n_positions + 1)
         batches.anchor = data.Batches(texts, setup.tokenizer, *sizes, starts=starts)
     if config.freeze_embeddings:
         model.transformer.wte.requires_grad_(False)  # the output head too: it is tied
         model.transformer.wpe.requires_grad_(False)
     scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
-    run = Run(config, out, setup, model, base, make_optimizer(model, config), scaler, batches, held_out, test)
+    run = Run(config, out, setup, model, base, make_optimizer(model, config), scaler, batches, held_out, groups)
     if saved:
         model.load_state_dict(saved["model"])
         run.optimizer.load_state_dict(saved["optimizer"])
@@ -315,10 +315,10 @@ def resume_state(out, resume):
 
 
 def open_data(config, tokenizer, n_positions):
-    """(training batches, validation items, test groups). Prints the counts."""
+    """(training batches, validation items, groups by split). Prints the counts."""
     max_tokens = min(config.max_tokens, n_positions + 1)  # the last token is predicted, never read
     if config.objective == "lm":
-        texts, test = data.load_documents(config.data, config.seed), []
+        texts, groups = data.load_documents(config.data, config.seed), {}
         batches = data.Batches(texts["train"], tokenizer, config.batch_size, config.seed, max_tokens)
         held_out = [data.frame(t, tokenizer, max_tokens) for t in texts["val"][: config.eval_groups]]
         counts = f"{len(texts['train']):,} documents to train on, {len(held_out)} to validate"
@@ -329,11 +329,11 @@ def open_data(config, tokenizer, n_positions):
         data.check_sizes(groups["train"], config.n_pos, config.n_neg)
         sizes = (config.n_pos, config.n_neg)
         batches = data.Batches(groups["train"], tokenizer, config.batch_size, config.seed, max_tokens, *sizes)
-        held_out, test = groups["val"][: config.eval_groups], groups["test"]
+        held_out = groups["val"][: config.eval_groups]
         counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS) + " groups"
     cut = f"; {batches.truncated} sentences cut at {max_tokens} tokens" if batches.truncated else ""
     print(f"data         {config.data}: {counts}{cut}")
-    return batches, held_out, test
+    return batches, held_out, groups
 
 
 def make_optimizer(model, config):
@@ -393,10 +393,10 @@ def close_cp(run, tuned):
     for title, model in (("base", run.base), ("tuned", tuned), ("last", run.model)):
         if title != "last" or run.best["step"] != c.max_steps:
             seed = c.seed + 1  # not the validation's random numbers
-            measured = measure_model(model, run.base, run.test, run.setup, c, CLOSING, seed)
+            measured = measure_model(model, run.base, run.groups["test"], run.setup, c, CLOSING, seed)
             columns[title], shown[title] = measured
     print(f"toxic: {c.scorer} > 0.5 | more, with intervals: python eval.py --ckpt={run.out / 'best.pt'}\n")
-    sizes = dict(groups=f"{len(run.test)}", free=f"{CLOSING}", prompted=f"{CLOSING} x 1")
+    sizes = dict(groups=f"{len(run.groups['test'])}", free=f"{CLOSING}", prompted=f"{CLOSING} x 1")
     print(report.closing_table(columns, sizes))
     print(report.format_samples(shown))
     summary = {title: report.flat(places) for title, places in columns.items()}
@@ -410,10 +410,8 @@ def close_cp(run, tuned):
 
 def close_lm(run, tuned):
     """Validation perplexity before and after, and three samples."""
-    summary = {}
-    for title, model in (("base", run.base), ("tuned", tuned)):
-        m = validate(run, model)
-        summary[title] = m | dict(val_ppl=math.exp(m["val_nll"]))
+    nll = dict(base=run.base_measures["val_nll"], tuned=run.best["cost"])
+    summary = {title: dict(val_nll=x, val_ppl=math.exp(x)) for title, x in nll.items()}
     print("validation perplexity: base {base[val_ppl]:.2f}, tuned {tuned[val_ppl]:.2f}\n".format(**summary))
     _, rows = continue_prompts(tuned, run.setup.tokenizer, [""] * 3, run.config, run.config.seed + 1)
     for (row,) in rows:

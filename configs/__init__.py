@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = (
+STARTS = (
     "a published name, a folder or file of GPT-2 weights, a checkpoint .pt, a config .py (whose model is made if it is "
     "missing), or 'scratch'"
 )
@@ -58,7 +58,7 @@ class Config:
     dtype: str = _run("auto", "of matrix products; weights stay float32", among="auto float32 bfloat16 float16")
     compile: str = _run("auto", "torch.compile; auto: cuda, from 2,000 steps", "train", among="auto yes no")
 
-    init_from: str = _model("gpt2", "model to start from: " + SOURCES, TRAIN_GEN)
+    init_from: str = _model("gpt2", "model to start from: " + STARTS, TRAIN_GEN)
     tokenizer: str = _model("gpt2", "gpt2, or toy for the toy world's words", ALL, among="gpt2 toy")
     n_layer: int = _model(4, "blocks of a model from scratch", low=1)
     n_head: int = _model(4, "attention heads of a model from scratch", low=1)

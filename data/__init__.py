@@ -172,9 +172,8 @@ class Batches:
     def __init__(self, items, tokenizer, batch_size, seed, max_tokens, n_pos=0, n_neg=0, starts=None):
         if batch_size > len(items):
             raise ValueError(f"batch_size={batch_size}, but there are only {len(items)} training items: lower it")
-        self.batch_size, self.seed, self.of_groups = batch_size, seed, n_pos > 0
+        self.batch_size, self.seed, self.sizes = batch_size, seed, (n_pos, n_neg)
         self.ids = [item.id if n_pos else f"document {i}" for i, item in enumerate(items)]
-        self.sizes = (n_pos, n_neg) if n_pos else (1,)  # a text is a side of its own, and always drawn
         texts = [(item.positives, item.negatives) if n_pos else ([item],) for item in items]
         encode = lambda t: t[:max_tokens] if isinstance(t, list) else frame(t, tokenizer, max_tokens)
         self.encoded = [[[encode(t) for t in side] for side in sides] for sides in texts]
@@ -194,11 +193,14 @@ class Batches:
         numbers = range(i * self.batch_size, (i + 1) * self.batch_size)
         items, rows = [self._item(k) for k in numbers], []
         for k, item in zip(numbers, items, strict=True):
+            if not self.sizes[0]:  # a text: nothing to draw
+                rows += self.encoded[item][0]
+                continue
             rng = np.random.default_rng([self.seed, 1, k])
             for side, n in zip(self.encoded[item], self.sizes, strict=True):
                 rows += [side[j] for j in rng.choice(len(side), n, replace=False)]
         batch = Batch([self.ids[item] for item in items], *pad(rows), weight=len(items))
-        if not self.of_groups:
+        if not self.sizes[0]:
             batch.weight = batch.tokens
         batch.start = torch.tensor([self.starts[item] for item in items]) if self.starts else None
         batch.anchor = self.anchor[i] if self.anchor else None

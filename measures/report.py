@@ -295,8 +295,8 @@ def compare_runs(folders, markdown=False):
         if markdown:
             rows.append([label, str(len(measures)), cost, *map("".join, zip(middles, spreads, strict=True))])
         else:  # a label has a line of its own, and so have the spreads: the table stays narrow
-            rows += [wrap(label), [str(len(measures)), cost, *middles], ["", "", *(s.strip() for s in spreads)]]
-    rows = [row for row in rows if isinstance(row, str) or any(row)]
+            rows += [wrap(label), [str(len(measures)), cost, *middles]]
+            rows += [["", "", *(s.strip() for s in spreads)]] if any(spreads) else []
     head = ["runs", "cost", *COMPARED.values()]
     print(format_table(["", *head] if markdown else head, rows, markdown))
     print("\nmean ± standard deviation, or median (range), over runs of the same settings; shares in %;")

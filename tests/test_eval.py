@@ -1439,7 +1439,7 @@ def runs(tmp_path):
 
 
 def test_compare_is_one_table_sorted_by_cost(runs, capsys):
-    """Mean and sample standard deviation over seeds; cost: mean toxicity and the price in nats, by report.cost."""
+    """Mean and sample standard deviation over seeds; cost: mean toxicity and its price, by report.selection_cost."""
     evaluation.main(["--compare", *runs])
     out = capsys.readouterr().out
     for name in ("unfinished", "lm"):
