@@ -8,18 +8,23 @@ flags; `python train.py --help` lists the settings that train.py reads. Nothing 
 import argparse
 import difflib
 import inspect
+import io
 import json
 import math
 import operator
 import os
 import re
+import shlex
 import sys
 import textwrap
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MESSAGE = 600  # characters of an error message: one names an address, a path and two ways out
+LARGEST = 2**31 - 1  # of whole numbers
 STARTS = (
     "a published name, a folder or file of GPT-2 weights, a checkpoint .pt, a config .py (whose model is made if it is "
     "missing), or 'scratch'"
@@ -51,8 +56,8 @@ _command = partial(setting, group="other commands of eval.py", usual="eval")
 class Config:
     """Every setting with its type, default and remark. `load_config` is the way to make one."""
 
-    out_dir: str = _run("out/run", "folder for all that a run writes")
-    seed: int = _run(0, "seeds the initial weights, the data order and all sampling", low=0, high=2**31 - 1)
+    out_dir: str = _run("out/run", "folder for all that a run writes: new, empty, or of such a run")
+    seed: int = _run(0, "seeds the initial weights, the data order and all sampling", low=0)
     resume: bool = _run(False, "go on with the unfinished run in out_dir, as if it had not stopped", TRAIN_GEN)
     device: str = _run("auto", "auto takes cuda, else mps, else cpu", among="auto cuda mps cpu")
     dtype: str = _run("auto", "of matrix products; weights stay float32", among="auto float32 bfloat16 float16")
@@ -137,6 +142,8 @@ class Config:
     def __post_init__(self):
         for name in SETTINGS:
             setattr(self, name, check_value(name, getattr(self, name)))
+        if not self.out_dir.strip():
+            raise ValueError("out_dir is empty (an unset variable of the shell?): name a folder")
         if self.warmup_steps >= self.max_steps:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be smaller than max_steps={self.max_steps}")
         if self.n_embd % self.n_head:
@@ -184,9 +191,13 @@ def check_value(name, value, script=None):
         raise ValueError(f"{name} wants one of {', '.join(m['among'])}, got {value!r}{hint}")
     if wanted is float and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
+    if wanted is int and abs(value) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST}, got a number of {len(str(abs(value)))} digits")
     for limit, (holds, rule) in LIMITS.items():
         if m[limit] is not None and not holds(value, m[limit]):
             raise ValueError(f"{name} must be {rule} {m[limit]}, got {value}")
+    if wanted is str and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
+        raise ValueError(f"{name} wants text in UTF-8, got {value!r}")
     return value
 
 
@@ -215,7 +226,7 @@ def read_config_file(path):
         raise FileNotFoundError(f"no config file {str(path)!r}: for instance configs/toy_cp.py")
     names = {}
     try:
-        exec(compile(path.read_text(), str(path), "exec"), names)
+        exec(compile(path.read_bytes(), str(path), "exec"), names)
     except Exception as e:
         raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
     names = {k: v for k, v in names.items() if not k.startswith("_") and not inspect.ismodule(v)}
@@ -235,7 +246,7 @@ def load_config(script, argv=None, start=None):
     """
     parser = argparse.ArgumentParser(prog=f"{script}.py", allow_abbrev=False, add_help=False)
     parser.add_argument("config", nargs="?")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {message}\n")  # one line, without the usage
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {one_line(message)}\n")  # without the usage
     for name in SETTINGS:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -261,8 +272,8 @@ def load_config(script, argv=None, start=None):
         else:
             begin = start(flags) if start else {}
         return Config(**(begin | flags))
-    except (ValueError, FileNotFoundError) as e:
-        parser.exit(2, f"{parser.prog}: {' '.join(str(e).split())}\n")
+    except (ValueError, OSError) as e:
+        parser.exit(2, f"{parser.prog}: {one_line(e)}\n")
 
 
 def before_torch(script, doc):
@@ -286,16 +297,54 @@ def before_torch(script, doc):
     sys.exit(0)
 
 
+def one_line(e):
+    """An exception's message in one line of at most MESSAGE characters; what is left out is its middle."""
+    text = " ".join(str(e).split()) or type(e).__name__
+    return text if len(text) <= MESSAGE else f"{text[: MESSAGE // 2]} ... {text[-MESSAGE // 2 :]}"
+
+
+@contextmanager
+def one_line_errors(command, kept):
+    """What a script runs in: bad input ends it in one line, Ctrl-C in one that says what is kept. Letters that its
+    output cannot encode are replaced."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # tests and notebooks have others
+            stream.reconfigure(errors="replace")
+    try:
+        yield
+    except (ValueError, OSError, FloatingPointError) as e:
+        sys.exit(f"{command}: {one_line(e)}")
+    except RuntimeError as e:
+        if "out of memory" not in str(e) and "can't allocate memory" not in str(e):  # of a GPU, of a CPU
+            raise
+        advice = "halve --batch_size and double --grad_accum, or lower --k and --eval_samples"
+        sys.exit(f"{command}: out of memory ({one_line(str(e)[:150])}): {advice}")
+    except KeyboardInterrupt:
+        sys.exit(f"\n{command}: interrupted; {kept}")
+
+
 def changed(config):
     """The settings that differ from the defaults, as a dict."""
     return {name: getattr(config, name) for name, f in SETTINGS.items() if getattr(config, name) != f.default}
 
 
-# Settings that say where and how a run happens, not what it is.
+# Settings that say where and how a run happens, not what it is; and those that it may be resumed with another value of.
 NOT_IDENTITY = ("out_dir", "resume", "device", "dtype", "compile")
+MAY_CHANGE = "max_steps batch_size grad_accum lr warmup_steps weight_decay grad_clip eval_interval".split()
 
 
 def differing_settings(config, saved):
-    """Names of the settings, NOT_IDENTITY aside, that a saved run (a dict) has otherwise. What it lacks is default."""
-    other = [n for n, f in SETTINGS.items() if saved.get(n, f.default) != getattr(config, n)]
-    return [n for n in other if n not in NOT_IDENTITY]
+    """Names of train.py's settings, NOT_IDENTITY aside, that a saved run (a dict) has otherwise. What it lacks is a
+    default."""
+    mine = {n: f.default for n, f in SETTINGS.items() if "train" in f.metadata["scripts"] and n not in NOT_IDENTITY}
+    return [n for n, default in mine.items() if saved.get(n, default) != getattr(config, n)]
+
+
+def check_resumable(config, saved, path):
+    """Raise ValueError if `path`, a run's last.pt with the settings `saved`, is of another run than `config` means."""
+    if names := [n for n in differing_settings(config, saved) if n not in MAY_CHANGE]:
+        there = ", ".join(f"--{n}={shlex.quote(str(saved.get(n, SETTINGS[n].default)))}" for n in names[:5])
+        raise ValueError(
+            f"{path} was made with {there}{' and more' * bool(names[5:])}: give the same with --resume, or another "
+            "--out_dir"
+        )

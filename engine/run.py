@@ -1,10 +1,10 @@
-"""Files that are whole or absent, JSON lines, checkpoints, the log of a run, and Ctrl-C."""
+"""A run's folder and files: whole or absent, read with one kind of message, held by one process; Ctrl-C."""
 
 import json
 import os
 import platform
+import re
 import signal
-import sys
 import threading
 import uuid
 from contextlib import contextmanager
@@ -13,79 +13,118 @@ from pathlib import Path
 import numpy as np
 import torch
 
-
-def atomic_write(path, write):
-    """Call write(file) on a temporary neighbour of `path`, then rename: what is there is always whole, old or new, also
-    if several processes write at once. `write` may also be the content itself, str or bytes."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        with open(part, "wb") as f:
-            if callable(write):
-                write(f)
-            else:
-                f.write(write.encode() if isinstance(write, str) else write)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
+try:
+    import fcntl
+except ImportError:  # Windows: there, nothing stops a second process
+    fcntl = None
 
 
-def write_json(path, value):
-    """Strict JSON: what is not a finite number becomes null."""
-    value = json.loads(json.dumps(value), parse_constant=lambda _: None)
-    atomic_write(path, json.dumps(value, indent=2) + "\n")
+# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def read_text(path, what="file", hint="check the path"):
-    """A UTF-8 text file. Raises FileNotFoundError or ValueError with one line."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no {what} at {path}: {hint}")
+    """A UTF-8 text file without its byte order mark; lines end with a line feed. Raises FileNotFoundError, OSError or
+    ValueError with one line."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no {what} at {path}: {hint}")
+        content = Path(path).read_bytes()
+    except PermissionError as e:
+        raise OSError(f"{path} cannot be read ({e.strerror}): {hint}") from e
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
-        raise ValueError(f"{path}: not UTF-8 text ({e})") from e
+        line = content.count(b"\n", 0, e.start) + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 text (byte 0x{content[e.start]:02x}): save it as UTF-8") from e
 
 
-def read_json_lines(path, cut=False):
-    """[(where, record)] of a file with one JSON object a line; `where` is 'file:line'. Raises ValueError naming it.
-    With `cut`, a last line without its end does not count: a kill cut it."""
-    lines, records = read_text(path).split("\n"), []
-    for i, line in enumerate(lines[:-1] if cut else lines, 1):
-        if line.strip():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError) as e:
-                raise ValueError(f"{path}:{i}: not JSON ({e})") from e
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{i}: wanted a JSON object, got {type(record).__name__}")
-            records.append((f"{path}:{i}", record))
+def parse_json(text, where):
+    """A JSON value. Raises ValueError that begins with `where`."""
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f"{where}: not JSON ({e})") from e
+    if re.search(r"\\u[dD][89a-fA-F]", text):  # a code for half of a character: is the other half there?
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError as e:
+            half = f"\\u{ord(e.object[e.start]):04x}"
+            raise ValueError(f"{where}: {half} is half of a character, a lone surrogate: write the whole one") from e
+    return value
+
+
+def read_json(path, what="file", hint="check the path"):
+    """The object in a JSON file. Raises as read_text does."""
+    value = parse_json(read_text(path, what, hint), path)
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+    return value
+
+
+def read_records(path, what="file", hint="check the path", of=dict, cut=False):
+    """[(where, record)] of a file with one JSON value a line, or of a JSON array; `where` is 'file:line' or 'file, item
+    n', a record is of the type, or the types, `of`. With `cut`, a last line without its end does not count: a kill cut
+    it. Raises as read_text does."""
+    text = read_text(path, what, hint)
+    if text.lstrip().startswith("["):
+        records = [(f"{path}, item {i}", record) for i, record in enumerate(parse_json(text, path), 1)]
+    else:
+        lines = text.split("\n")[: -1 if cut else None]
+        records = [(f"{path}:{i}", parse_json(s, f"{path}:{i}")) for i, s in enumerate(lines, 1) if s.strip()]
+    for where, record in records:
+        if not isinstance(record, of):
+            raise ValueError(f"{where}: wanted a JSON object, got {type(record).__name__}")
     return records
 
 
-def versions():
-    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+PART = r"\.[0-9a-f]{8}\.tmp$"  # ends the names of files that are being written
 
 
-def first_line(e):
-    """An exception's message, cut to one line; its type if it has none."""
-    return (str(e).splitlines() or [type(e).__name__])[0]
+# ---- writing -------------------------------------------------------------------------------------------------------
 
 
-def load_checkpoint(path):
-    """A .pt file of train.py (tensors and plain types only, so it cannot run code). Raises with one clear line."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}: train one first, or check the path")
+@contextmanager
+def _writing(path):
+    """Turns whatever goes wrong while `path` is written into one line that names it."""
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as e:
-        raise ValueError(f"{path} is not a readable checkpoint ({first_line(e)}): it may be cut off") from e
-    if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py: give weights of another origin as .safetensors or .bin")
-    return saved
+        yield
+    except (OSError, RuntimeError) as e:
+        cause = e if isinstance(e, OSError) else e.__context__  # torch.save turns a full disk into a RuntimeError
+        if not isinstance(cause, OSError):
+            raise
+        reason = cause.strerror or first_line(cause)
+        raise OSError(
+            f"{path} cannot be written ({reason}): make room, or give another folder; what was there is whole"
+        ) from e
+
+
+def atomic_write(path, write):
+    """Call write(file) on a temporary neighbour of `path`, then rename: what is there is always whole, old or new, also
+    if several processes write at once. `write` may also be the content itself, str or bytes. OSError in one line."""
+    path = Path(path)
+    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    with _writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with open(part, "wb") as f:
+                if callable(write):
+                    write(f)
+                else:
+                    f.write(write.encode() if isinstance(write, str) else write)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def strict_json(value, **how):
+    """JSON text in which what is not a finite number is null."""
+    return json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), **how)
+
+
+def write_json(path, value):
+    atomic_write(path, strict_json(value, indent=2) + "\n")
 
 
 class Log:
@@ -95,32 +134,82 @@ class Log:
     with all. A last line that a kill has cut is dropped, any other that is no JSON object a ValueError.
     """
 
-    def __init__(self, path, keep=None, records=None):
+    def __init__(self, path, keep=lambda record: True, records=None):
         self.path = Path(path)
         if records is None:
-            found = read_json_lines(path, cut=True) if self.path.is_file() else []
-            records = [record for _, record in found if keep is None or keep(record)]
+            found, records = read_records(path, cut=True) if self.path.is_file() else [], []
+            for where, record in found:
+                try:
+                    records += [record] if keep(record) else []
+                except (KeyError, TypeError) as e:
+                    raise ValueError(f"{where}: no record of this log: is it another file's line?") from e
         self.rewrite(records)
 
     def rewrite(self, records):
         self.records = records
-        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in records))
+        atomic_write(self.path, "".join(strict_json(r) + "\n" for r in records))
 
     def write(self, *records):
         self.records += records
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write("".join(json.dumps(r) + "\n" for r in records))
+        append(self.path, "".join(strict_json(r) + "\n" for r in records))
+
+
+def append(path, text):
+    with _writing(path), open(path, "a", encoding="utf-8") as f:
+        f.write(text)
+
+
+# ---- a run's folder ------------------------------------------------------------------------------------------------
 
 
 @contextmanager
-def one_line_errors(command, kept):
-    """Bad input ends a command in one line, Ctrl-C in one that says what is kept."""
-    try:
+def held(folder, others=False):
+    """Hold a folder for this process until the block, or the process, ends; a second process is refused. The folder is
+    made if it is missing, and what killed writes have left in it is removed.
+
+    Raises ValueError if it is in use, or if it holds something else than a run of ours, which would be overwritten
+    (unless `others`), and OSError if it cannot be written.
+    """
+    folder = Path(folder)
+    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    files = [name for name in there if not re.search(PART, name) and name[0] != "."]
+    mine = "groups.log.jsonl" in files  # of data_gen.py; a config.json may also be a model's
+    mine = mine or ("config.json" in files and "out_dir" in read_json(folder / "config.json"))
+    if files and not mine and not others:
+        more = f" and {len(files) - 1} more" if files[1:] else ""
+        raise ValueError(
+            f"{folder} holds {files[0]}{more}, but no run of this project, and a run might overwrite it: give a new or "
+            "empty folder as --out_dir"
+        )
+    with _writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+", encoding="utf-8")
+    with lock:
+        try:
+            if fcntl:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            lock.seek(0)
+            owner = lock.read().strip()
+            raise ValueError(f"{folder} is in use by process {owner}: wait for it, or give another --out_dir") from e
+        except OSError:  # a file system without locks
+            pass
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {platform.node()}")
+        lock.flush()
+        for part in [*folder.glob("*.tmp"), *folder.glob("eval/*.tmp")]:
+            if re.search(PART, part.name):
+                part.unlink()
         yield
-    except (ValueError, OSError, FloatingPointError) as e:
-        sys.exit(f"{command}: {' '.join(str(e).split())}")
-    except KeyboardInterrupt:
-        sys.exit(f"\n{command}: interrupted; {kept}")
+
+
+def versions():
+    return dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__)
+
+
+def first_line(e):
+    """An exception's message, cut to one line; its type if it has none."""
+    return (str(e).splitlines() or [type(e).__name__])[0]
 
 
 @contextmanager

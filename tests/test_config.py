@@ -13,14 +13,18 @@ from pathlib import Path
 import pytest
 
 from configs import (
+    MAY_CHANGE,
+    MESSAGE,
     NOT_IDENTITY,
     SETTINGS,
     Config,
     before_torch,
     changed,
+    check_resumable,
     check_value,
     differing_settings,
     load_config,
+    one_line_errors,
     read_config_file,
 )
 from engine.run import write_json
@@ -93,6 +97,13 @@ def python(*argv, cwd):
         ("max_steps", "0", "0", "max_steps must be at least 1, got 0"),
         ("kl_weight", "-0.5", "-0.5", "kl_weight must be at least 0, got -0.5"),
         ("top_p", "1.5", "1.5", "top_p must be at most 1, got 1.5"),
+        ("max_steps", "10**399", "1" + "0" * 399, "max_steps must be at most 2147483647, got a number of 400 digits"),
+        ("k", "2**31", str(2**31), "k must be at most 2147483647, got a number of 10 digits"),
+        ("tau", "10**400", "1e400", "tau "),
+        # no text
+        ("out_dir", "' '", " ", "out_dir is empty (an unset variable of the shell?): name a folder"),
+        ("data", "'a\\udc80'", "a\udc80", "data wants text in UTF-8, got 'a\\udc80'"),
+        ("data", "'a\\0'", "a\0", "data wants text in UTF-8, got 'a\\x00'"),
         ("lr", "float('nan')", "nan", "lr must be a finite number, got nan"),
         ("lr", "float('inf')", "inf", "lr must be a finite number, got inf"),
         ("weight_decay", "-float('inf')", "-inf", "weight_decay must be a finite number, got -inf"),
@@ -565,6 +576,80 @@ def test_differing_settings():
     del saved["alpha"], saved["tau"]
     assert differing_settings(Config(alpha=2), saved | {"beta1": 0.9}) == ["alpha"]
     assert differing_settings(Config(tau=0.5), saved) == ["tau"]
+
+
+def test_only_what_the_script_reads_differs():
+    """What eval.py and data_gen.py measure and sample with does not make another training run."""
+    assert differing_settings(Config(prompts="", parts="drift", rounds=3), asdict(Config())) == []
+
+
+@pytest.mark.parametrize("name", sorted({*of("train")} - {*NOT_IDENTITY}))
+def test_what_a_run_may_be_resumed_with(name):
+    """How it is optimised from here on; all else would make the second half another run's."""
+    value = getattr(Config(), name)
+    saved = asdict(Config()) | {name: f"not {value}"}
+    if name in MAY_CHANGE:
+        return check_resumable(Config(), saved, "last.pt")
+    with pytest.raises(ValueError, match=f"^last.pt was made with --{name}='not .*': give the same with --resume, or"):
+        check_resumable(Config(), saved, "last.pt")
+
+
+def test_many_other_settings_are_one_line():
+    saved = {name: f"not {value}" for name, value in asdict(Config()).items()}
+    with pytest.raises(ValueError, match="--kl_weight|and more: give the same") as e:
+        check_resumable(Config(), saved, "last.pt")
+    assert str(e.value).count("--") == 5 + 2 and len(str(e.value)) < MESSAGE
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# how a script ends
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("one\n  two"), "train.py: one two"),
+        (OSError("x" * 5000), ("x" * 300) + " ... " + ("x" * 300)),
+        (ValueError(), "train.py: ValueError"),
+        (FloatingPointError("loss is nan"), "train.py: loss is nan"),
+        (
+            RuntimeError("CUDA out of memory. Tried to allocate"),
+            "train.py: out of memory (CUDA out of memory. Tried to",
+        ),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "halve --batch_size"),
+        (KeyboardInterrupt(), "\ntrain.py: interrupted; all is kept"),
+    ],
+)
+def test_bad_input_ends_in_one_line(error, says):
+    with pytest.raises(SystemExit) as e:
+        with one_line_errors("train.py", "all is kept"):
+            raise error
+    assert says in e.value.code and "\n" not in e.value.code.strip()
+
+
+def test_a_mistake_of_ours_keeps_its_traceback():
+    for error in (RuntimeError("mat1 and mat2 shapes"), KeyError("step"), AttributeError("x")):
+        with pytest.raises(type(error)):
+            with one_line_errors("train.py", ""):
+                raise error
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_never_fails_for_its_encoding(encoding):
+    """Russian samples on a Windows pipe: letters that it has no code for become question marks."""
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom configs import one_line_errors\n"
+    code += "with one_line_errors('x', ''):\n    print('Привет, Zürich ±')\n    raise ValueError('Ошибка')"
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=env)
+    assert done.returncode == 1 and done.stdout.startswith(b"??????, Z") and done.stderr.strip() == b"x: ??????"
+
+
+def test_a_config_with_marks_of_an_editor(config_file):
+    """A byte order mark and Windows line ends."""
+    path = config_file("tau = 0.5")
+    Path(path).write_bytes(b"\xef\xbb\xbftau = 0.25\r\nalpha = 2.0\r\n")
+    config = load_config("train", [path])
+    assert config.tau == 0.25 and config.alpha == 2.0
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -2,14 +2,32 @@
 
 import json
 import os
+import resource
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
+from test_model import tiny
 
 from engine.device import amp
-from engine.run import Log, atomic_write, first_interrupt, first_line, load_checkpoint, versions, write_json
+from engine.run import (
+    Log,
+    atomic_write,
+    first_interrupt,
+    first_line,
+    held,
+    parse_json,
+    read_json,
+    read_records,
+    read_text,
+    versions,
+    write_json,
+)
+from engine.weights import load_checkpoint
 
 # --------------------------------------------------------------------------------------------------------------------
 # files
@@ -70,10 +88,11 @@ def test_write_json_is_strict(tmp_path):
 
 def test_checkpoint_comes_back(tmp_path):
     """What train.py saves, tensors and plain types, is what it gets."""
-    saved = {"model": {"w": torch.ones(2)}, "model_config": {"n_layer": 1}, "step": 3, "best": None}
+    model = tiny()
+    saved = {"model": model.state_dict(), "model_config": vars(model.config), "step": 3, "best": None}
     atomic_write(tmp_path / "x.pt", lambda f: torch.save(saved, f))
-    again = load_checkpoint(str(tmp_path / "x.pt"))
-    assert torch.equal(again.pop("model")["w"], torch.ones(2)) and again == {k: saved[k] for k in saved if k != "model"}
+    again, weights = load_checkpoint(str(tmp_path / "x.pt")), saved.pop("model")
+    assert all(torch.equal(x, weights[k]) for k, x in again.pop("model").items()) and again == saved
 
 
 @pytest.mark.parametrize(
@@ -81,6 +100,183 @@ def test_checkpoint_comes_back(tmp_path):
 )
 def test_first_line(e, want):
     assert first_line(e) == want
+
+
+@pytest.fixture
+def small_files():
+    """No file may grow beyond 1,000 bytes, as on a full disk."""
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.parametrize("size", [500, 2_000, 100_000])
+def test_no_room(tmp_path, small_files, size):
+    """A checkpoint that does not fit is one line with its path, nothing half stays, and the old one is whole. torch
+    says it by an OSError or by a RuntimeError, depending on where the file ends."""
+    path = tmp_path / "x.pt"
+    path.write_bytes(b"old")
+    with pytest.raises(OSError, match=r"x\.pt cannot be written \(File too large\): make room") as e:
+        atomic_write(path, lambda f: torch.save(dict(a=torch.zeros(size)), f))
+    assert "\n" not in str(e.value) and path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_no_room_for_the_log(tmp_path, small_files):
+    log = Log(tmp_path / "log.jsonl")
+    with pytest.raises(OSError, match=r"log\.jsonl cannot be written \(File too large\)"):
+        log.write(*({"step": i} for i in range(100)))
+    whole = Log(log.path).records  # the line that was cut is dropped
+    assert whole == [{"step": i} for i in range(len(whole))] and 50 < len(whole) < 100
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"\xef\xbb\xbfa\nb\n", "a\nb\n"),
+        (b"a\r\nb\r\n", "a\nb\n"),
+        (b"a\rb", "a\nb"),
+        ("Zürich\u2028x".encode(), "Zürich\u2028x"),
+        (b"", ""),
+    ],
+)
+def test_read_text(tmp_path, content, text):
+    """As editors on any system save it: a byte order mark and the kind of line end are not part of a text."""
+    (tmp_path / "x").write_bytes(content)
+    assert read_text(tmp_path / "x") == text
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"a\nb\xff\n", ":2: not UTF-8 text (byte 0xff): save it as UTF-8"),
+        ("a".encode("utf-16"), ":1: not UTF-8 text"),
+        (b"\xed\xa0\x80", ":1: not UTF-8 text"),  # half of a character
+    ],
+)
+def test_read_text_names_the_line(tmp_path, content, says):
+    (tmp_path / "x").write_bytes(content)
+    with pytest.raises(ValueError) as e:
+        read_text(tmp_path / "x")
+    assert str(e.value).startswith(f"{tmp_path / 'x'}{says}")
+    for wrong in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileNotFoundError, match=f"no list at {wrong}: write one"):
+            read_text(wrong, "list", "write one")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("{", "x.json: not JSON (Expecting"),
+        ("[" * 100_000, "x.json: not JSON (maximum recursion"),
+        ('"\\ud83d"', "x.json: \\ud83d is half of a character"),
+        ('{"\\uDE00": 1}', "x.json: \\ude00 is half of a character"),
+        ("9" * 5000, "x.json: not JSON (Exceeds the limit"),
+    ],
+)
+def test_parse_json(text, says):
+    with pytest.raises(ValueError) as e:
+        parse_json(text, "x.json")
+    assert str(e.value).startswith(says)
+    assert parse_json('"\\ud83d\\ude00 \\\\ud800 \\u00fc"', "x") == "\U0001f600 \\ud800 ü"  # both halves; no code
+
+
+def test_read_records(tmp_path):
+    """Lines or an array; what is asked for, or file and line."""
+    path = tmp_path / "x.jsonl"
+    path.write_text('\n{"a": 1}\n\n{"a": 2}')
+    assert read_records(path) == [(f"{path}:2", {"a": 1}), (f"{path}:4", {"a": 2})]
+    assert read_records(path, cut=True) == [(f"{path}:2", {"a": 1})]
+    path.write_text('[{"a": 1},\n"b"]')
+    assert read_records(path, of=(dict, str)) == [(f"{path}, item 1", {"a": 1}), (f"{path}, item 2", "b")]
+    with pytest.raises(ValueError, match=f"{path}, item 2: wanted a JSON object, got str"):
+        read_records(path)
+    with pytest.raises(ValueError, match=f"{path}: wanted a JSON object, got list"):
+        read_json(path)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# a run's folder
+
+
+def content(folder):
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name[0] != "."}
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"config.json": '{"model_type": "gpt2"}', "model.safetensors": "weights"},
+        {"thesis.txt": "words"},
+        {"toy_cp/config.json": '{"out_dir": "out/toy_cp"}'},  # a folder of runs is no run's
+    ],
+)
+def test_a_folder_of_others_is_left_alone(tmp_path, files):
+    """A model folder, a folder of texts, the folder above: nothing in it is touched, nothing is added."""
+    for name, text in files.items():
+        atomic_write(tmp_path / name, text)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match=f"{tmp_path} holds .*give a new or empty folder as --out_dir"):
+        with held(tmp_path):
+            pass
+    assert sorted(tmp_path.rglob("*")) == before
+    with held(tmp_path, others=True):  # of eval.py, whose results lie beside a checkpoint
+        pass
+    assert {name: text.decode() for name, text in content(tmp_path).items()} == files
+
+
+@pytest.mark.parametrize(
+    "files", [{}, {"config.json": '{"out_dir": "x"}'}, {"groups.log.jsonl": ""}, {".DS_Store": ""}]
+)
+def test_a_folder_of_ours(tmp_path, files):
+    """New, empty, or a run's own: what killed writes left goes, all else stays."""
+    for name, text in files.items():
+        atomic_write(tmp_path / "run" / name, text)
+    if files:
+        (tmp_path / "run" / "best.pt.0123abcd.tmp").write_bytes(b"half")
+    before = {k: v for k, v in content(tmp_path).items() if not k.endswith(".tmp")}
+    with held(tmp_path / "run"):
+        assert content(tmp_path) == before
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '"out_dir"'])
+def test_a_damaged_config(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=f"{tmp_path / 'config.json'}: "):
+        with held(tmp_path):
+            pass
+
+
+HOLD = "import sys, time; sys.path.insert(0, sys.argv[2])\nfrom engine.run import held\n"
+HOLD += "with held(sys.argv[1]):\n    print('held', flush=True)\n    time.sleep(60)"
+
+
+def test_two_processes_in_one_folder(tmp_path):
+    """The second one is refused and told who is there; the first one's death, however sudden, lets the next one in."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path), str(Path(__file__).resolve().parents[1])]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(ValueError, match=f"in use by process {first.pid} on .*wait for it, or give another"):
+            with held(tmp_path):
+                pass
+    finally:
+        first.kill()
+        first.wait()
+    with held(tmp_path), pytest.raises(ValueError, match=f"in use by process {os.getpid()} on "):
+        with held(tmp_path):
+            pass
+    with held(tmp_path):
+        pass
+
+
+def test_a_folder_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(OSError, match=f"{path} cannot be written \\("):
+            with held(path):
+                pass
 
 
 def test_versions():
