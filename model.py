@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from engine import head
-from engine.weights import copy_weights, load_weights, save_folder
+from engine.weights import copy_weights, cut_vocabulary, load_weights, save_folder
 
 
 @dataclass
@@ -284,20 +285,18 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path, vocab_size=None):
-        """A GPT from a published name, a local folder or file in the `transformers` layout (.safetensors or .bin; fp32,
-        fp16 or bf16), or a checkpoint of train.py (.pt). Weights become fp32.
+        """A GPT from a published name, a local folder or file in the `transformers` layout (.safetensors, .bin, .pt)
+        or a checkpoint of train.py, nanoGPT or the DPO reference implementation. Weights become fp32.
 
-        A local path wins over a published name only if it is written as one ('./gpt2'). With `vocab_size`, a model of
-        another vocabulary is refused. Raises FileNotFoundError, ConnectionError or ValueError with one line: what was
-        wanted, what came, what to do.
+        A local path wins over a published name only if it is written as one ('./gpt2'). With `vocab_size`, padding
+        behind a vocabulary of GPT-2's is dropped, and another vocabulary refused. Raises FileNotFoundError,
+        ConnectionError or ValueError with one line: what was wanted, what came, what to do.
         """
         shape, tensors = load_weights(name_or_path)
         if vocab_size not in (None, shape["vocab_size"]):
-            raise ValueError(
-                f"{name_or_path} has a vocabulary of {shape['vocab_size']}, the tokenizer one of {vocab_size}: give "
-                "the --tokenizer that the model was trained with"
-            )
-        model = cls(GPTConfig(**shape))
+            shape, tensors = cut_vocabulary(shape, tensors, vocab_size, name_or_path)
+        with torch.device("meta"), Uninitialised():  # shapes only: memory comes with the tensors, once they are checked
+            model = cls(GPTConfig(**shape))
         copy_weights(model, tensors, str(name_or_path))
         return model
 
@@ -307,6 +306,13 @@ class GPT(nn.Module):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+
+
+class Uninitialised(TorchFunctionMode):
+    """Leaves out normal_: on the meta device its first call imports for two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def row_sums(values, rows, n):

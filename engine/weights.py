@@ -1,13 +1,17 @@
 """Weights in and out: published names, the hub's cache and downloads, safetensors, .bin, checkpoints.
 
 All of it turns a name or a path into (shape, tensors): the network's dimensions as a dict, and tensors under the names
-and in the orientation that model.py has.
+and in the orientation that model.py has. A file is a stranger's: no code in it runs, and its sizes are checked before
+anything larger than the file is allocated.
 """
 
 import http.client
 import json
 import mmap
 import os
+import pickle
+import pickletools
+import re
 import socket
 import urllib.request
 import zipfile
@@ -15,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from engine.run import atomic_write, first_line, load_checkpoint
+from engine.run import atomic_write, first_line, read_json
 
 PUBLISHED = {  # name: repository and revision
     "distilgpt2": ("distilbert/distilgpt2", "2290a62682d06624634c1f46a6ad5be0f47f38aa"),
@@ -33,35 +37,77 @@ SHA256 = {  # of model.safetensors at that revision
 }
 INDEX = "model.safetensors.index.json"  # of a model in several files
 WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
+SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# What tensors import. Of the rest that torch.load lets pass, some can make gigabytes out of a few bytes.
+IMPORTS = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
+
+
+def load_checkpoint(path):
+    """The dict in a .pt file of train.py: model, model_config, step and config are checked. Raises with one line."""
+    path = Path(path)
+    saved = _read_torch(path)
+    if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py: give one, best.pt or last.pt of a run")
+    tensors, config, step = _ours(saved["model"], path), saved.get("config", {}), saved.get("step", 0)
+    _check_shape(saved["model_config"], _told(tensors, path), path)
+    if type(step) is not int or step < 0:
+        raise ValueError(f"{path}: step wants a whole number of at least 0, got {step!r:.60}: give another checkpoint")
+    entries = config.items() if type(config) is dict else [(None, None)]
+    if bad := [e for e in entries if type(e[0]) is not str or type(e[1]) not in (str, int, float, bool)]:
+        raise ValueError(f"{path}: config wants texts and numbers by name, got {bad[0]!r:.60}: give another checkpoint")
+    return saved | {"model": tensors}
 
 
 def load_weights(source):
     """(shape, tensors) of what GPT.from_pretrained takes."""
     source, path = str(source), Path(source)
-    if path.suffix == ".pt":
-        saved = load_checkpoint(path)
-        return saved["model_config"], saved["model"]
     file = _find_published(source) if source in PUBLISHED else _find_local(path)
-    tensors = _read(file)
-    shape = _read_shape(file.parent / "config.json") or _infer_shape(tensors, file)
-    return shape, {k: v.t() if _is_conv1d(k) and v.dim() == 2 else v for k, v in tensors.items()}
+    safe = file.suffix.lower() in (".safetensors", ".json")
+    shape, tensors = (None, _read(file)) if safe else _unwrap(_read_torch(file, mmap=True), file)
+    told, config = _told(tensors, file), file.parent / "config.json"
+    if shape is None and config.is_file():
+        shape, file = _read_shape(config), config
+    elif shape is None:
+        shape = told | {"n_head": _heads(told, file, source in PUBLISHED)}
+    _check_shape(shape, told, file)
+    c_attn = tensors.get("transformer.h.0.attn.c_attn.weight")
+    if c_attn is not None and c_attn.shape == (told["n_embd"], 3 * told["n_embd"]):  # nn.Linear has (3C, C)
+        tensors = {k: v.t() if _is_conv1d(k) and v.dim() == 2 else v for k, v in tensors.items()}
+    return shape, tensors
+
+
+def cut_vocabulary(shape, tensors, vocab_size, source):
+    """(shape, tensors) without padding behind the tokenizer's tokens. Another vocabulary is a ValueError."""
+    if not vocab_size == 50257 < shape["vocab_size"] <= 50304:  # the next multiple of 64, for speed; or pad tokens
+        raise ValueError(
+            f"{source} has a vocabulary of {shape['vocab_size']}, the tokenizer one of {vocab_size}: give the "
+            "--tokenizer that the model was trained with"
+        )
+    print(f"note         {source}: its vocabulary of {shape['vocab_size']} is cut to {vocab_size}: the rest is padding")
+    cut = {k: tensors[k][:vocab_size] for k in ("transformer.wte.weight", "lm_head.weight") if k in tensors}
+    return shape | {"vocab_size": vocab_size}, tensors | cut
 
 
 def copy_weights(model, tensors, source):
-    """Copy `tensors` into `model`; a missing, extra or misshapen tensor is a ValueError that names it."""
+    """Copies of `tensors`, in fp32, for a model on the meta device. A missing, extra or misshapen one: ValueError."""
     want, found = model.state_dict(), dict(tensors)
-    if "transformer.wte.weight" in found:
-        found.setdefault("lm_head.weight", found["transformer.wte.weight"])
+    wte = found["transformer.wte.weight"]
+    found.setdefault("lm_head.weight", wte)
     if missing := [k for k in want if k not in found]:
         raise ValueError(f"{source}: tensor {missing[0]} is missing ({len(missing)} in all): not a whole GPT-2 file")
     if extra := sorted(found.keys() - want.keys()):
-        raise ValueError(f"{source}: unexpected tensor {extra[0]} ({len(extra)} in all): more layers than the config?")
+        raise ValueError(f"{source}: unexpected tensor {extra[0]} ({len(extra)} in all): is it a GPT-2 and no more?")
     for key, target in want.items():
         if (shape := found[key].shape) != target.shape:
             raise ValueError(f"{source}: tensor {key} has shape {tuple(shape)}, wanted {tuple(target.shape)}")
-    if not torch.equal(found["lm_head.weight"], found["transformer.wte.weight"]):
+    lm_head = found.pop("lm_head.weight")
+    if lm_head.dtype != wte.dtype or not torch.equal(lm_head, wte):
         raise ValueError(f"{source}: lm_head.weight differs from transformer.wte.weight, but GPT-2 ties them")
-    model.load_state_dict(found)
+    new = dict(dtype=torch.float32, copy=True, memory_format=torch.contiguous_format)  # the file's memory is mapped
+    copies = {k: v.detach().to(**new) for k, v in found.items()}
+    model.load_state_dict(copies | {"lm_head.weight": copies["transformer.wte.weight"]}, assign=True)
+    model.lm_head.weight = model.transformer.wte.weight  # tied again
 
 
 def save_folder(folder, shape, tensors):
@@ -90,10 +136,17 @@ def _is_conv1d(name):
 
 def _find_local(path):
     """The weight file of a folder, or the file itself."""
-    if path.is_file():
-        return path
-    if file := _weight_file(path):
-        return file
+    file = path if path.is_file() else _weight_file(path)
+    adapter = (path.parent if path.is_file() else path) / "adapter_config.json"
+    if adapter.is_file() and (file is None or file.name.startswith("adapter_model")):
+        base = read_json(adapter).get("base_model_name_or_path", "a model that it does not name")
+        how = "merge the two with peft (merge_and_unload, then save_pretrained into a new folder) and give that folder"
+        raise ValueError(f"{path} is a LoRA adapter of {base!s:.80}: {how}")
+    if file or path.suffix.lower() == ".pt":
+        return file or path
+    if steps := [p for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name)]:
+        last = max(steps, key=lambda p: int(p.name[11:]))
+        raise FileNotFoundError(f"{path} holds checkpoints of a Trainer, but no model itself: give for instance {last}")
     if path.is_dir():
         raise FileNotFoundError(f"{path} holds neither {' nor '.join(WEIGHT_FILES)}: is it a GPT-2 folder?")
     raise FileNotFoundError(
@@ -107,62 +160,145 @@ def _weight_file(folder):
 
 
 def _read_shape(file):
-    """The network's dimensions by a config.json, None if there is none. One that is not a GPT-2's is a ValueError."""
-    if not file.is_file():
-        return None
-    try:
-        saved = json.loads(file.read_text())
-        shape = {n: int(saved[n]) for n in ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")}
-    except KeyError as e:
-        raise ValueError(f"{file} lacks {e.args[0]}: is it a GPT-2's?") from e
-    except (ValueError, TypeError) as e:
-        raise ValueError(f"{file} is not a GPT-2's: {e}") from e
+    """The network's dimensions by a config.json. One that is not a GPT-2's is a ValueError."""
+    saved = read_json(file)
+    if missing := [name for name in SIZES if name not in saved]:
+        raise ValueError(f"{file} lacks {missing[0]}: is it a GPT-2's?")
     want = {"model_type": "gpt2", "activation_function": "gelu_new", "layer_norm_epsilon": 1e-5, "n_inner": None}
     want |= {"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "tie_word_embeddings": True}
-    if saved.get("n_inner") == 4 * shape["n_embd"]:
+    if type(saved["n_embd"]) is int and saved.get("n_inner") == 4 * saved["n_embd"]:
         saved["n_inner"] = None  # which says the same
     for key, value in want.items():
         if saved.get(key, value) != value:
-            raise ValueError(f"{file}: {key}={saved[key]!r}, but GPT-2 has {value!r}")
-    return shape
+            raise ValueError(f"{file}: {key}={saved[key]!r:.60}, but GPT-2 has {value!r}")
+    return {name: saved[name] for name in SIZES}
 
 
-def _infer_shape(tensors, file):
-    """The dimensions of a lone weight file; heads are 64 wide, as in all published sizes."""
-    if not {"transformer.wte.weight", "transformer.wpe.weight"} <= tensors.keys():
-        raise ValueError(f"{file}: tensor wte.weight or wpe.weight is missing: not a GPT-2 file")
-    (V, C), T = tensors["transformer.wte.weight"].shape, tensors["transformer.wpe.weight"].shape[0]
-    n_layer = sum(k.endswith(".ln_1.weight") for k in tensors)
-    return dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=n_layer, n_head=max(1, C // 64))
+def _told(tensors, file):
+    """The dimensions that tensors tell: all but the number of heads."""
+    try:
+        (V, C), (T, _) = (tensors[f"transformer.{name}.weight"].shape for name in ("wte", "wpe"))
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{file}: tensor wte.weight or wpe.weight is missing or no matrix: not a GPT-2 file") from e
+    n_layer = len({k.split(".")[2] for k in tensors if k.startswith("transformer.h.")})
+    return dict(vocab_size=V, n_positions=T, n_embd=C, n_layer=n_layer)
+
+
+def _heads(told, file, published):
+    """The number of heads in a lone weight file: they are 64 wide in all published sizes."""
+    n_head = max(1, told["n_embd"] // 64)
+    if not published:
+        if told["n_embd"] not in (768, 1024, 1280, 1600):
+            raise ValueError(f"{file} does not tell its number of heads, n_head: put its config.json beside it")
+        print(f"note         {file}: no config.json beside it, so {n_head} heads are taken: 64 wide, as in GPT-2")
+    return n_head
+
+
+def _check_shape(shape, told, file):
+    """A shape is five counts that agree with what its tensors tell. So it cannot be larger than the file."""
+    if not isinstance(shape, dict) or shape.keys() != set(SIZES):
+        raise ValueError(f"{file}: wanted {', '.join(SIZES)}, got {shape!r:.90}: is it a GPT-2's?")
+    for name, value in shape.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"{file}: {name} wants a whole number of at least 1, got {value!r:.60}: is it a GPT-2's?")
+        if value != told.get(name, value):
+            raise ValueError(
+                f"{file}: {name}={value!r:.60}, but the tensors have {told[name]}: give the config of this file"
+            )
+    if shape["n_embd"] % shape["n_head"]:
+        raise ValueError(
+            f"{file}: n_embd={shape['n_embd']} is not a multiple of n_head={shape['n_head']!r:.60}: mend that"
+        )
 
 
 def _read(file):
-    """name -> tensor of a weight file, or of the several files that an index names; names as in model.py."""
+    """The tensors of a safetensors file, or of the several that an index names."""
+    files = [file]
+    if file.name == INDEX:
+        names = read_json(file).get("weight_map")
+        names = list(names.values()) if isinstance(names, dict) else [None]
+        if any(not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors") for n in names):
+            raise ValueError(f"{file}: it names a file outside its folder, or none of weights: fetch it again")
+        files = [file.parent / name for name in sorted(set(names))]
+    tensors = {}
+    for part in files:
+        try:
+            table = _read_safetensors(part)
+        except Exception as e:
+            raise ValueError(f"{part} cannot be read as weights ({first_line(e)}): fetch it again") from e
+        tensors |= _ours(table, part)
+    return tensors
+
+
+def _read_torch(file, mmap=False):
+    """What torch.save wrote. Its pickles are looked through before they are loaded."""
+    if not file.is_file():
+        raise FileNotFoundError(f"no checkpoint at {file}: train one first, or check the path")
     try:
-        if file.name == INDEX:
-            names = sorted(set(json.loads(file.read_text())["weight_map"].values()))
-            if any(Path(name).name != name for name in names):
-                raise ValueError("it names a file outside its folder")
-            tensors = {k: v for name in names for k, v in _read_safetensors(file.parent / name).items()}
-        elif file.suffix == ".safetensors":
-            tensors = _read_safetensors(file)
-        else:  # files from before 2020 are no zip archives, and cannot be mapped
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
-    except Exception as e:
-        raise ValueError(f"{file} cannot be read as weights ({first_line(e)}): fetch it again") from e
-    if not isinstance(tensors, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
+        with open(file, "rb") as f:
+            zipped = f.read(4) == b"PK\3\4"  # as torch tells; files from before 2020 are none, and cannot be mapped
+            f.seek(0)
+            archive = zipfile.ZipFile(f) if zipped else None
+            entries = archive.infolist() if zipped else []
+            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > file.stat().st_size:
+                raise ValueError("a compressed archive")
+            pickles = [archive.open(e) for e in entries if e.filename.endswith(".pkl")] if zipped else [f] * 5
+            names = [name for p in pickles for op, name, _ in pickletools.genops(p) if op.name == "GLOBAL"]
+        foreign = [name for name in names if not re.fullmatch(IMPORTS, name)]
+        saved = None if foreign else torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipped)
+    except Exception as e:  # torch's advice on a pickle is to switch weights_only off
+        reason = "not made of tensors and plain types" if isinstance(e, pickle.UnpicklingError) else first_line(e)
+        raise ValueError(f"{file} cannot be read as weights ({reason}): fetch it again") from e
+    if foreign:
+        what = f"{file} wants to import {foreign[0].replace(' ', '.'):.80}, but no code of a file runs here"
+        raise ValueError(f"{what}: where it was made, save the model's state_dict(), or by save_pretrained")
+    return saved
+
+
+def _unwrap(saved, file):
+    """(shape or None, tensors) of what torch.save wrote: a state dict, or one inside of a checkpoint."""
+    if not isinstance(saved, dict):
+        return None, _ours(saved, file)
+    shape = saved.get("model_config")
+    if "model_args" in saved:  # nanoGPT. Its GELU is the exact one, which moves logits by less than 1e-3
+        args = saved["model_args"] if isinstance(saved["model_args"], dict) else {}
+        if args.get("bias") is False:
+            raise ValueError(f"{file}: nanoGPT's bias=False, but a GPT-2 has biases: train it with bias=True")
+        shape = {name: args.get("block_size" if name == "n_positions" else name) for name in SIZES}
+    for key in ("model", "state", "state_dict", "model_state_dict"):  # 'state' is the DPO reference implementation's
+        if isinstance(saved.get(key), dict):
+            saved = saved[key]
+    return shape, _ours(saved, file)
+
+
+def _ours(table, file):
+    """The tensors of a file under model.py's names. Each must be numbers that the file really holds."""
+    entries = table.items() if isinstance(table, dict) else [(None, None)]
+    if not all(isinstance(k, str) and isinstance(t, torch.Tensor) for k, t in entries):
         raise ValueError(f"{file} holds no table of tensors: give the weights (a state dict), nothing else")
-    ours = {}
-    for key, tensor in tensors.items():
-        if not key.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks that old files store as buffers
-            bare = key.removeprefix("transformer.")
-            ours[key if key.startswith("lm_head.") else f"transformer.{bare}"] = tensor
+    ours, left = {}, file.stat().st_size
+    for key, tensor in table.items():
+        bare = re.sub(r"^((module|_orig_mod)\.)*(transformer\.)?", "", key)  # DistributedDataParallel, torch.compile
+        if bare.startswith(("trf_blocks.", "tok_emb.")):
+            how = "give the original GPT-2 files that it was loaded from, or convert it to the names of transformers"
+            raise ValueError(f"{file} has the layout of LLMs-from-scratch ({bare:.60}): {how}")
+        if bare.endswith((".attn.bias", ".attn.masked_bias")):  # causal masks that old files store as buffers
+            continue
+        if tensor.dtype not in FLOATS.values() or tensor.layout != torch.strided or tensor.device.type != "cpu":
+            kind = f"{tensor.dtype}, {tensor.layout}, on {tensor.device}"
+            raise ValueError(f"{file}: tensor {key:.60} is {kind}, wanted fp64, fp32, fp16 or bf16: convert it")
+        nbytes = tensor.numel() * tensor.element_size()
+        left -= 0 if bare == "lm_head.weight" else nbytes  # tied, it shares memory
+        if left < 0 or nbytes > tensor.untyped_storage().nbytes():
+            shape = tuple(tensor.shape)
+            raise ValueError(f"{file}: tensor {key:.60} of shape {shape} is not all in the file: save a clone of it")
+        ours[bare if bare.startswith("lm_head.") else f"transformer.{bare}"] = tensor
     return ours
 
 
 def _read_safetensors(file):
     """name -> tensor, mapped from the file without a copy. Format: 8-byte little-endian header length, JSON, bytes."""
-    dtypes = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8, "BOOL": torch.bool}
+    dtypes = FLOATS | {"U8": torch.uint8, "BOOL": torch.bool}  # the latter for masks
     with open(file, "rb") as f:
         data = memoryview(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_COPY))
     start = 8 + int.from_bytes(data[:8], "little")
@@ -208,9 +344,8 @@ def _find_published(name):
         download(url, target, SHA256[name])
     except OSError as e:
         raise ConnectionError(
-            f"{name}: {url} could not be fetched ({e}). Put that file at {target}, or fetch it with resume by "
-            f"`hf download {repo} {WEIGHT_FILES[0]}`, or give a folder as --init_from=FOLDER; configs/toy_cp.py needs "
-            "no download"
+            f"{name}: {url} could not be fetched ({e}). Put it at {target}, or run `hf download {repo} "
+            f"{WEIGHT_FILES[0]}`, which resumes, or give --init_from=FOLDER; configs/toy_cp.py needs no download"
         ) from e
     if not (folders[0] / "refs" / "main").is_file():
         atomic_write(folders[0] / "refs" / "main", revision)
