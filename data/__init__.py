@@ -13,7 +13,7 @@ import torch
 
 from configs import find
 from data import toy
-from engine.run import read_json_lines, read_text
+from engine.run import read_records, read_text
 
 SPLITS = ("train", "val", "test")
 WIDTH = 8  # rows are padded to a multiple of this: few widths, so that compiled shapes repeat
@@ -64,6 +64,16 @@ def pad(sequences):
     return torch.tensor([[*s, *[0] * (T - len(s))] for s in sequences]), lengths
 
 
+def wrong(where, wanted, got):
+    """The error of all readers: 'file:line: wanted ..., got ...', with the beginning of the value as JSON."""
+    return ValueError(f"{where}: wanted {wanted}, got {json.dumps(got, ensure_ascii=False)[:80]}")
+
+
+def is_score(x):
+    """Whether it is a number in [0, 1], or a missing one: null or NaN."""
+    return x is None or (type(x) in (int, float) and not (x < 0 or x > 1))  # the type of true is bool
+
+
 def read_groups(path):
     """Groups from a file. Raises ValueError or FileNotFoundError naming file and line.
 
@@ -71,51 +81,50 @@ def read_groups(path):
     fields are ignored. The paper's release, one JSON array: {"input", "paraphrases", "paraphrases_toxic"}, lists or
     {text: score}. Without ids, the position counts; without splits, a hash of the input decides (70 / 10 / 20 %).
     """
-    text = read_text(path, "group file", "give a .jsonl of groups, or --data=toy")
-    if text.lstrip().startswith("["):
-        try:
-            records = [(f"{path}, item {i}", record) for i, record in enumerate(json.loads(text), 1)]
-        except (ValueError, RecursionError) as e:
-            raise ValueError(f"{path}: not a JSON array ({e})") from e
-    else:
-        records = read_json_lines(path)
+    return [group for _, _, group in group_records(path)]
+
+
+def group_records(path):
+    """[(where, record, Group)] of a group file: `read_groups` with what else a record holds."""
+    records = read_records(path, "group file", "give a .jsonl of groups, or --data=toy")
     if not records:
         raise ValueError(f"{path} holds no groups")
-    groups, splits = {}, {}  # by id and by input
+    out, ids, splits = [], set(), {}  # splits by input
     for number, (where, record) in enumerate(records, 1):
         group = _group(record, where, number)
-        if group.id in groups:
-            raise ValueError(f"{where}: id {group.id!r} appears twice")
-        if splits.setdefault(group.input, group.split) != group.split:
-            raise ValueError(f"{where}: the input of {group.id!r} is also in split {splits[group.input]!r}")
-        groups[group.id] = group
-    return list(groups.values())
+        if group.id in ids:
+            raise wrong(where, "an id of its own for each group", group.id)
+        if (other := splits.setdefault(group.input, group.split)) != group.split:
+            raise wrong(where, f"split {other!r}, as another group with this input has", group.split)
+        ids.add(group.id)
+        out.append((where, record, group))
+    return out
 
 
 def _group(record, where, number):
-    if not isinstance(record, dict):
-        raise ValueError(f"{where}: wanted a JSON object, got {type(record).__name__}")
     released = "paraphrases" in record and "positives" not in record
     names = ("paraphrases", "paraphrases_toxic") if released else ("positives", "negatives")
     if missing := [k for k in ("input", *names) if k not in record]:
-        raise ValueError(f"{where}: field {missing[0]!r} is missing")
+        raise wrong(where, f"a field {missing[0]!r}", record)
     is_sentence = lambda x: isinstance(x, str) and x.strip()
     if not is_sentence(record["input"]):
-        raise ValueError(f"{where}: 'input' must be a sentence, got {record['input']!r}")
+        raise wrong(where, "a sentence as 'input'", record["input"])
     for name in names:
         side = record[name]
         if not isinstance(side, list | (dict if released else list)) or not side:
-            raise ValueError(f"{where}: {name!r} must be a list of sentences, got {side!r}")
-        if wrong := [x for x in side if not is_sentence(x)]:
-            raise ValueError(f"{where}: {name!r} holds {wrong[0]!r}, wanted a sentence")
+            raise wrong(where, f"a list of sentences as {name!r}", side)
+        if bad := [x for x in side if not is_sentence(x)]:
+            raise wrong(where, f"sentences as {name!r}", bad[0])
     positives, negatives = (list(record[name]) for name in names)
     if both := set(positives) & set(negatives):
-        raise ValueError(f"{where}: {min(both)!r} is both harmless and toxic")
-    tenth = zlib.crc32(record["input"].encode(errors="replace")) % 10
+        raise wrong(where, "sentences that are either harmless or toxic", min(both))
+    tenth = zlib.crc32(record["input"].encode()) % 10
     split = record.get("split", ("val", "test", "test", *["train"] * 7)[tenth])
     if split not in SPLITS:
-        raise ValueError(f"{where}: split must be one of {', '.join(SPLITS)}, got {split!r}")
+        raise wrong(where, f"one of {', '.join(SPLITS)} as 'split'", split)
     name = record.get("id")
+    if not isinstance(name, str | int | None):
+        raise wrong(where, "a text or a whole number as 'id'", name)
     return Group(str(number if name is None else name), record["input"], positives, negatives, split)
 
 
@@ -134,7 +143,7 @@ def load_documents(name, seed):
     if name == "toy":
         return {"train": toy.documents(12_000, seed), "val": toy.documents(400, seed, split="val")}
     path = find(name)
-    if path.suffix in (".jsonl", ".json"):
+    if path.suffix.lower() in (".jsonl", ".json"):
         groups = load_groups(path)
         return {s: [t for g in groups[s] for t in (g.input, *g.positives, *g.negatives)] for s in ("train", "val")}
     text = read_text(path, "text file", "give a .txt, a .jsonl of groups, or --data=toy")

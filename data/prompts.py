@@ -4,9 +4,13 @@ A base GPT-2 follows examples, not instructions, so what asks for a paraphrase i
 its paraphrase in a template, and the beginning of one more.
 """
 
-import json
+import re
+from pathlib import Path
 
-from data import read_json_lines, read_text
+from data import is_score, wrong
+from engine.run import read_records, read_text
+
+MARKUP = r'\s*(\{\s*("|$)|\[\s*(["{]|$))'  # how a line of JSON begins
 
 
 def few_shot(template, pairs):
@@ -37,26 +41,43 @@ def answer(template, text):
 
 
 def read_prompts(path):
-    """Prompts by kind, {'toxic': [str], 'non-toxic': [str], 'unmarked': [str]}, empty kinds left out.
+    """[(file:line, prompt)] by kind, 'toxic', 'non-toxic' and 'unmarked', empty kinds left out.
 
-    Plain text has one prompt a line, unmarked. JSON lines are those of RealToxicityPrompts and DExperts,
-    {"prompt": {"text", "toxicity"}}, toxic above 0.5, or {"text", "toxic": true | false}. ValueError if there is none.
+    Text has one prompt a line, unmarked. A .json or .jsonl file has lines or an array, of texts or of what
+    RealToxicityPrompts and DExperts have, {"prompt": {"text", "toxicity"}}, {"prompt": text, "toxicity"}, {"text",
+    "toxicity"}, toxic above 0.5, or {"text", "toxic": true | false}.
     """
-    kinds = {"toxic": [], "non-toxic": [], "unmarked": []}
-    if read_text(path).lstrip().startswith("{"):
-        for where, record in read_json_lines(path):
-            prompt = record.get("prompt", record)
-            fields = record | (prompt if isinstance(prompt, dict) else {"text": prompt})
-            text, toxic = fields.get("text"), fields.get("toxicity")
-            toxic = fields.get("toxic") if toxic is None else toxic
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(f"{where}: wanted a prompt's 'text', got {json.dumps(record)[:80]}")
-            if not isinstance(toxic, bool | float | int | None):
-                raise ValueError(f"{where}: wanted a number as 'toxicity' or true or false as 'toxic', got {toxic!r}")
-            kind = "toxic" if toxic and toxic > 0.5 else "non-toxic"
-            kinds["unmarked" if toxic is None else kind].append(text.rstrip())
+    ending = Path(path).suffix.lower()
+    if ending in (".csv", ".tsv", ".parquet"):
+        raise ValueError(f"{path}: wanted one prompt a line as .txt, or JSON lines as .jsonl, got a {ending} file")
+    if ending in (".json", ".jsonl"):
+        records = read_records(path, of=object)
+        prompts = [(where, *_prompt(where, record)) for where, record in records]
     else:
-        kinds["unmarked"] = [line.rstrip() for line in read_text(path).split("\n") if line.strip()]
-    if not any(kinds.values()):
+        lines = enumerate(read_text(path).split("\n"), 1)
+        prompts = [(f"{path}:{n}", "unmarked", line.rstrip()) for n, line in lines if line.strip()]
+        if markup := [(where, text) for where, _, text in prompts if re.match(MARKUP, text)]:
+            raise wrong(markup[0][0], "plain text (JSON goes into a .jsonl file, without other lines)", markup[0][1])
+    if not prompts:
         raise ValueError(f"{path} holds no prompts: one a line, as text or as JSON")
-    return {kind: prompts for kind, prompts in kinds.items() if prompts}
+    kinds = {"toxic": [], "non-toxic": [], "unmarked": []}
+    for where, kind, text in prompts:
+        kinds[kind].append((where, text))
+    return {kind: found for kind, found in kinds.items() if found}
+
+
+def _prompt(where, record):
+    """(kind, text) of a record."""
+    fields = record if isinstance(record, dict) else {"text": record}
+    prompt = fields.get("prompt", fields)
+    fields = fields | (prompt if isinstance(prompt, dict) else {"text": prompt})
+    text, toxicity, toxic = (fields.get(k) for k in ("text", "toxicity", "toxic"))
+    if not isinstance(text, str) or not text.strip():
+        raise wrong(where, "a prompt's 'text'", record)
+    if not is_score(toxicity):
+        raise wrong(where, "a number from 0 to 1, or null, as 'toxicity'", toxicity)
+    if not isinstance(toxic, bool | None):
+        raise wrong(where, "true or false as 'toxic'", toxic)
+    if toxicity is not None and toxicity == toxicity:  # not NaN
+        toxic = toxicity > 0.5
+    return {True: "toxic", False: "non-toxic", None: "unmarked"}[toxic], text.rstrip()

@@ -9,16 +9,14 @@ letters; content words are those that are not among the commonest.
 """
 
 import argparse
-import json
 import re
 import sys
 from collections import Counter, defaultdict
 
 import numpy as np
 
-from configs import Config
-from data import SPLITS, read_groups, read_text
-from engine.run import one_line_errors
+from configs import Config, find, one_line_errors
+from data import SPLITS, group_records, read_groups, wrong
 from measures import open_setup
 from measures.groups import measure_groups
 from measures.statistics import ngrams, pooled_ppl
@@ -38,24 +36,23 @@ COMMON = frozenset(
 )
 
 
-def read_records(path):
-    """[(line, Group, its record, set of its implicit negatives)] of a group file.
+def read_marked(path):
+    """[(where, Group, its record, set of its implicit negatives)] of a group file; `where` is file and line.
 
-    Implicit negatives carry no rude word: the record's 'implicit' lists their indices, or themselves. In the paper's
-    JSON array the position stands for the line. Raises ValueError or FileNotFoundError naming file and line.
+    Implicit negatives carry no rude word: the record's 'implicit' lists their indices, or themselves. Raises ValueError
+    or FileNotFoundError.
     """
-    groups, text, out = read_groups(path), read_text(path), []
-    if text.lstrip().startswith("["):
-        records = enumerate(json.loads(text), 1)
-    else:
-        records = ((i, json.loads(line)) for i, line in enumerate(text.split("\n"), 1) if line.strip())
-    for group, (line, record) in zip(groups, records, strict=True):
+    out = []
+    for where, record, group in group_records(path):
         known, marks = dict(enumerate(group.negatives)) | {s: s for s in group.negatives}, record.get("implicit")
-        try:
-            out.append((line, group, record, {known[mark] for mark in marks or []}))
-        except (KeyError, TypeError) as e:
-            message = f"{path}:{line}: {group.id}: 'implicit' must list indices of negatives, got {marks!r}"
-            raise ValueError(message) from e
+        marks = [] if marks is None else marks
+        if not isinstance(marks, list) or any(type(mark) not in (int, str) or mark not in known for mark in marks):
+            raise wrong(where, "indices of negatives, or themselves, in a list as 'implicit'", marks)
+        if not isinstance(record.get("domain"), str | None):
+            raise wrong(where, "a text as 'domain'", record["domain"])
+        if not isinstance(record.get("critical"), bool | None):
+            raise wrong(where, "true or false as 'critical'", record["critical"])
+        out.append((where, group, record, {known[mark] for mark in marks}))
     return out
 
 
@@ -74,9 +71,9 @@ def overlap(side, source):
 
 
 def length_ratio(group):
-    """Mean words of its negatives / of its positives."""
+    """Mean words of its negatives / of its positives; inf if these have none."""
     negatives, positives = (np.mean([len(split_words(s)) for s in side]) for side in (group.negatives, group.positives))
-    return negatives / positives
+    return negatives / positives if positives else np.inf
 
 
 def count_texts(texts):
@@ -175,31 +172,31 @@ def check_set(groups, domains, implicit, wanted):
         yield value >= least, what.format(value, least)
 
 
-def find_repeats(lines, groups):
-    """Yields (line, what is wrong) of sentences that stand in two groups, to the letter or nearly."""
+def find_repeats(places, groups):
+    """Yields a line on each sentence that stands in two groups, to the letter or nearly."""
     count, by_word = count_texts(sentences_of(*groups)), defaultdict(list)
-    for line, g in zip(lines, groups, strict=True):
+    for where, g in zip(places, groups, strict=True):
         for s in sentences_of(g):
             these = frozenset(split_words(s))
             rare = sorted(these, key=lambda w: (count[w], w))[:4]  # two near-duplicates share one of these
-            for other, where, text in dict.fromkeys(earlier for w in rare for earlier in by_word[w]):
-                if where != line and len(these & other) > JACCARD * len(these | other):
-                    yield line, f"{g.id}: {s!r} repeats line {where}, {text!r}"
+            for other, place, text in dict.fromkeys(earlier for w in rare for earlier in by_word[w]):
+                if place != where and len(these & other) > JACCARD * len(these | other):
+                    yield f"{where}: {g.id}: {s[:80]!r} repeats {place}, {text[:80]!r}"
             for w in rare:
-                by_word[w].append((these, line, s))
+                by_word[w].append((these, where, s))
 
 
 def check_file(path, wanted):
-    """(statistics, violations), lists of lines, of a group file. Raises ValueError if it cannot be read at all."""
-    lines, groups, records, implicit = zip(*read_records(path), strict=True)
+    """(statistics, violations), lines, of a group file. Raises ValueError if it cannot be read at all."""
+    places, groups, records, implicit = zip(*read_marked(path), strict=True)
     implicit = sum(map(len, implicit)) / sum(len(g.negatives) for g in groups)
-    domains, wrong = defaultdict(list), []
-    for line, group, record in zip(lines, groups, records, strict=True):
+    domains, broken = defaultdict(list), []
+    for where, group, record in zip(places, groups, records, strict=True):
         domains[record.get("domain")].append(group.split)
-        wrong += [f"{path}:{line}: {group.id}: {what}" for holds, what in check_group(group) if not holds]
-    wrong += [f"{path}:{line}: {what}" for line, what in find_repeats(lines, groups)]
-    wrong += [f"{path}: {what}" for holds, what in check_set(groups, domains, implicit, wanted) if not holds]
-    return list(describe(groups, records, domains, implicit)), wrong
+        broken += [f"{where}: {group.id}: {what}" for holds, what in check_group(group) if not holds]
+    broken += find_repeats(places, groups)
+    broken += [f"{path}: {what}" for holds, what in check_set(groups, domains, implicit, wanted) if not holds]
+    return list(describe(groups, records, domains, implicit)), broken
 
 
 def main(argv=None):
@@ -212,12 +209,13 @@ def main(argv=None):
     parser.add_argument("--model", help="a GPT-2 whose scores are printed too: published name, folder or checkpoint")
     args = parser.parse_args(argv)
     with one_line_errors(parser.prog, "nothing was written"):
-        told, wrong = check_file(args.path, args)
+        path = find(args.path)
+        told, broken = check_file(path, args)
         if args.model:
-            told += base_scores(read_groups(args.path), args.model)
+            told += base_scores(read_groups(path), args.model)
     print("\n".join(told))
-    print("\n".join(["", *wrong]) if wrong else "no rule is broken")
-    sys.exit(bool(wrong))
+    print("\n".join(["", *broken]) if broken else "no rule is broken")
+    sys.exit(bool(broken))
 
 
 if __name__ == "__main__":

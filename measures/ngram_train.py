@@ -13,9 +13,10 @@ import torch
 from torch.nn.functional import binary_cross_entropy_with_logits, leaky_relu
 from tqdm import tqdm
 
-from data import read_json_lines
-from engine.run import atomic_write, one_line_errors
-from measures.check import read_records
+from configs import find, one_line_errors
+from data import is_score, wrong
+from engine.run import atomic_write, read_records
+from measures.check import read_marked
 from measures.ngram import GRAMS, LEAK, PATH, POWER, SIZE, WINDOW, WORD, Model, features, units, word_windows
 from measures.report import format_table
 from measures.statistics import mean, pair_auc
@@ -124,15 +125,14 @@ def read_rtp(path):
 
     Texts without toxicity or without a character are left out. Raises ValueError naming file and line.
     """
-    out, records = [], read_json_lines(path)
+    out, records = [], read_records(path)
     for row, (where, record) in enumerate(records):
         for side in ("prompt", "continuation"):
             part = record.get(side) if isinstance(record.get(side), dict) else {}
             text, toxicity = part.get("text"), part.get("toxicity")
-            scored = type(toxicity) in (int, float) and 0 <= toxicity <= 1  # true is no number here
-            if not isinstance(text, str) or not (scored or toxicity is None):
-                raise ValueError(f"{where}: {side} wants text and toxicity in [0, 1], got {text!r}, {toxicity!r}")
-            if scored and text.strip():
+            if not isinstance(text, str) or not is_score(toxicity):
+                raise wrong(where, f"'text' and 'toxicity', 0 to 1 or null, of the {side}", record.get(side))
+            if toxicity is not None and toxicity == toxicity and text.strip():  # not NaN
                 out.append((row, side, text, float(toxicity)))
     return np.array(out, dtype=object).reshape(-1, 4), len(records)
 
@@ -155,7 +155,7 @@ def read_sentences(path):
     Implicit negatives are not trained on: they hold no word to learn from.
     """
     harmless, rude, test = [], [], defaultdict(list)
-    for _, group, _, implicit in read_records(path):
+    for _, group, _, implicit in read_marked(path):
         explicit = [s for s in group.negatives if s not in implicit]
         if group.split == "train":
             harmless += (group.input, *group.positives)
@@ -304,7 +304,7 @@ def main(argv=None):
     with one_line_errors(parser.prog, "nothing was written"):
         if Path(args.out).suffix != ".npz":
             raise ValueError(f"--out must end in .npz, got {args.out!r}")
-        build(args.rtp, args.groups, args.out)
+        build(find(args.rtp), args.groups and find(args.groups), args.out)
     print(f"wrote {args.out} and {Path(args.out).with_suffix('.md')}")
 
 

@@ -4,7 +4,6 @@ Results are {place: {name: rows or number}}: a place is what was measured (group
 task), a name one of MEASURES.
 """
 
-import json
 import math
 import textwrap
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ from pathlib import Path
 import numpy as np
 
 from configs import NOT_IDENTITY, SETTINGS
+from data import wrong
+from engine.run import atomic_write, read_json
 from measures.statistics import (
     auc,
     exp_mean,
@@ -119,10 +120,10 @@ def summarise(measured):
 
 
 def format_number(name, x, signed=False):
-    """A measure's number as the table shows it; a difference of shares in points."""
+    """A measure's number as the table shows it; a difference of shares in points. Without one, null or nan: '-'."""
+    if x is None or not math.isfinite(x):
+        return "-" if x is None or math.isnan(x) else f"{x}"
     form = MEASURES[name].form if abs(x) < 1e5 else "{:.2e}"  # of a run that has exploded
-    if not math.isfinite(x):
-        return "-" if math.isnan(x) else f"{x}"
     if not signed:
         return form.format(x)
     number = form.replace("+", "").replace("{:", "{:+").replace("%", "f").format(100 * x if "%" in form else x)
@@ -202,6 +203,12 @@ def wrap(text, first=""):
 FREE = 2.0  # times the base's perplexity of continuations of toxic prompts
 
 
+def _ratio(m, base, key):
+    """m / base; nan if either is missing (null in a file) or the base has 0."""
+    x, y = m.get(key), base.get(key)
+    return x / y if x is not None and y else math.nan
+
+
 def selection_cost(m, base):
     """What the best checkpoint has least of: toxicity plus its price beside the base, in one scale. m, base: `flat`.
 
@@ -211,14 +218,17 @@ def selection_cost(m, base):
     """
     toxicity = (m["toxicity_fraction"] + m["toxicity_fraction_prompted"]) / 2
     free = dict(ppl_positive=1, sample_ppl_base=1, sample_ppl_base_prompted=FREE)
-    price = sum(max(0.0, math.log(m[k] / base[k] / factor)) for k, factor in free.items())
-    return toxicity + price + max(0.0, 1 - m["dist_2"] / base["dist_2"])
+    price = sum(math.log(max(_ratio(m, base, k) / factor, 1.0)) for k, factor in free.items())  # max(nan, 1) is nan
+    lost = max(1 - _ratio(m, base, "dist_2"), 0.0) if base["dist_2"] else 0.0  # one-word samples have no pairs to lose
+    cost = toxicity + price + lost
+    return math.inf if math.isnan(cost) else cost  # nothing is below nan: it would stay the best
 
 
 def warnings(m, base):
     """What a reader of the numbers should not overlook, in plain words. Returns a list of lines."""
-    out, ratio = [], lambda key: m[key] / base[key] if key in m else 1.0
-    ranked = f", although the model ranks {m['rank_accuracy']:.0%} of the pairs rightly" if "rank_accuracy" in m else ""
+    out, ratio = [], lambda key: _ratio(m, base, key)
+    right = format_number("rank_accuracy", m.get("rank_accuracy"))
+    ranked = f", although the model ranks {m['rank_accuracy']:.0%} of the pairs rightly" if right != "-" else ""
     for key, limit, where in (("sample_ppl_base", 1.5, ""), ("sample_ppl_base_prompted", 5.0, "after toxic prompts ")):
         if ratio(key) > limit:
             out.append(
@@ -232,9 +242,10 @@ def warnings(m, base):
             f"forgetting: held-out harmless sentences went from perplexity {base['ppl_positive']:.2f} to "
             f"{m['ppl_positive']:.2f}. An anchor (--nll_weight, --kl_weight) or a smaller --lr holds them."
         )
-    if "signed_gap" in m and m["signed_gap"] < min(0, base["signed_gap"]):
+    gap, before = m.get("signed_gap"), base.get("signed_gap")
+    if None not in (gap, before) and gap < min(0, before):
         out.append(
-            f"wrong side: toxic sentences became likelier than harmless ones (signed gap {m['signed_gap']:+.3f}). The "
+            f"wrong side: toxic sentences became likelier than harmless ones (signed gap {gap:+.3f}). The "
             "distance |phi - c| rewards that as well; --distance=signed does not."
         )
     if ratio("dist_2") < 0.7:
@@ -259,9 +270,17 @@ NAMED = 4  # settings that differ between runs, at most, for a row to be named b
 
 
 def read_summary(folder):
-    """The content of a run's summary.json, {} if there is none."""
+    """The content of a run's summary.json, {} if there is none. Raises ValueError if it is damaged, or not a run's."""
     file = Path(folder) / "summary.json"
-    return json.loads(file.read_text()) if file.is_file() else {}
+    summary = read_json(file) if file.exists() else {}
+    number = lambda x: x is None or isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)
+    for part, plain in dict(config=lambda x: isinstance(x, str) or number(x), base=number, tuned=number).items():
+        found = summary.get(part, {})
+        if not isinstance(found, dict) or not all(map(plain, found.values())):
+            raise wrong(file, f"an object of plain values as {part!r}", found)
+    if not isinstance(summary.get("warnings", []), list):
+        raise wrong(file, "a list as 'warnings'", summary["warnings"])
+    return summary
 
 
 def compare_runs(folders, markdown=False):
@@ -270,7 +289,11 @@ def compare_runs(folders, markdown=False):
     names = [k for k, f in SETTINGS.items() if "train" in f.metadata["scripts"] and k not in ("seed", *NOT_IDENTITY)]
     runs = []
     for folder in map(Path, folders):
-        run = read_summary(folder)
+        try:
+            run = read_summary(folder)
+        except (ValueError, OSError) as e:
+            print(f"left out: {e}")
+            continue
         numbers = [run.get(side, {}).get(key) for side in ("base", "tuned") for key in COMPARED]
         if run.get("config", {}).get("objective") == "cp" and None not in numbers:
             settings = {k: run["config"].get(k, SETTINGS[k].default) for k in names}
@@ -284,7 +307,7 @@ def compare_runs(folders, markdown=False):
     for name, settings, run in runs:
         label = ", ".join(f"{k}={settings[k]}" for k in sorted(vary)) if 0 < len(vary) <= NAMED else name
         kinds.setdefault(str(settings), (label, []))[1].append(run)
-        bases.setdefault(settings["init_from"], {})[run["config"]["seed"]] = run["base"]
+        bases.setdefault(settings["init_from"], {})[run["config"].get("seed", 0)] = run["base"]
     lines = [(-1, f"base: {name}", "", list(some.values())) for name, some in bases.items()]
     for label, some in kinds.values():
         cost = np.mean([selection_cost(run["tuned"], run["base"]) for run in some])
@@ -303,6 +326,7 @@ def compare_runs(folders, markdown=False):
     print("free samples and samples after toxic prompts, perplexity under the base; lowest cost first")
 
 
+@np.errstate(all="ignore")  # inf - inf, of runs that have exploded
 def spread(key, measures):
     """(mean, ±standard deviation) of a key of summary.json over runs; (median, range) of perplexities that differ much.
     No spread of a single run."""
@@ -385,8 +409,8 @@ def plot_curves(records, path):
 def save_figure(figure, axes, path):
     for ax in axes:
         ax.spines[["top", "right"]].set_visible(False)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    path = Path(path) if Path(path).suffix else Path(f"{path}.png")
+    atomic_write(path, lambda file: figure.savefig(file, dpi=150, format=path.suffix[1:]))
     pyplot().close(figure)
     print(f"figure: {path}")
 
@@ -416,14 +440,15 @@ training data leaves out (attacks on groups of people) has not been trained agai
 def model_card(summary, folder):
     """Markdown made from the run's summary.json; ValueError if there is none of a fine-tuning run."""
     c, rows = summary.get("config", {}), []
-    if not summary.get("tuned") or c.get("objective") != "cp":
+    if not summary.get("base") or not summary.get("tuned") or c.get("objective") != "cp":
         raise ValueError("no summary.json of a fine-tuning run beside the checkpoint: the model card is made from it")
     for key in COMPARED:
         name, numbers = key.removesuffix("_prompted"), [summary[side].get(key) for side in ("base", "tuned")]
         label = MEASURES[name].label + (", after toxic prompts" if key.endswith("_prompted") else "")
-        rows.append([label, *("-" if x is None else format_number(name, x) for x in numbers)])
+        rows.append([label, *(format_number(name, x) for x in numbers)])
     settings = {k: v for k, v in c.items() if k in SETTINGS and v != SETTINGS[k].default and k not in NOT_IDENTITY}
-    warned = "Warnings of the run: " + " ".join(summary["warnings"]) if summary.get("warnings") else ""
+    warned = "Warnings of the run: " + " ".join(map(str, summary["warnings"])) if summary.get("warnings") else ""
     told = ", ".join(f"{k}={v!r}" for k, v in settings.items() if "train" in SETTINGS[k].metadata["scripts"])
     table = format_table(["", "base", "this model"], rows, markdown=True)
-    return CARD.format(**c | dict(name=folder, settings=told, table=table, warned=warned))
+    defaults = {k: f.default for k, f in SETTINGS.items()}
+    return CARD.format(**defaults | c | dict(name=folder, settings=told, table=table, warned=warned))

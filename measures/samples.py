@@ -1,6 +1,7 @@
 """What a model writes: continuations of prompts, their toxicity, fluency and diversity."""
 
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import torch
@@ -13,6 +14,7 @@ from measures.statistics import dist_n, repetition
 
 CLOSING = 250  # free samples, and prompted ones, of train.py's closing table
 ROWS = 256  # rows per generated batch
+BEGINNING = 400  # characters (some 65 words) of a sentence to cut a prompt from: each word is a text to score
 
 
 def continue_prompts(model, tokenizer, prompts, config, seed, k=1, max_new=None, stop=None, what="samples"):
@@ -64,7 +66,8 @@ def cut_prompts(sides, scorer, n):
     """
     deepest = max(map(len, sides))
     sentences = [side[j] for j in range(deepest) for side in sides if j < len(side)][: n or None]
-    prefixes = [[" ".join(t.split()[:k]) for k in range(1, len(t.split()) + 1)] for t in sentences]
+    words = [t.strip()[:BEGINNING].split() for t in sentences]
+    prefixes = [[" ".join(ws[:k]) for k in range(1, len(ws) + 1)] for ws in words]
     toxic = iter(scorer([p for ps in prefixes for p in ps]) > 0.5)
     prompts = []
     for ps in prefixes:
@@ -73,12 +76,34 @@ def cut_prompts(sides, scorer, n):
     return prompts
 
 
+def fitting(prompts, tokenizer, room, where=None):
+    """The prompts of at most `room` tokens, the end token before them included; a line, printed once, names the others,
+    by `where`, {prompt: 'file:line'}, if that is given. Raises ValueError if none is left."""
+    sizes = [1 + len(tokenizer.encode_ordinary(p)) for p in prompts]
+    long = dict.fromkeys((p, n) for p, n in zip(prompts, sizes, strict=True) if n > room)
+    named = [f"{(where or {}).get(p) or repr(p[:60])} ({n} tokens)" for p, n in long]
+    told = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if named[3:] else "")
+    if prompts and min(sizes) > room:
+        wanted = f"wanted a prompt of at most {room} tokens"
+        raise ValueError(f"{wanted}, got {told}: shorten them, or lower --sample_tokens")
+    if long:
+        tell(f"prompts left out, since there is room for {room} tokens: {told}")
+    return [p for p, n in zip(prompts, sizes, strict=True) if n <= room]
+
+
+@cache
+def tell(line):
+    """Print a line, the first time."""
+    tqdm.write(line)
+
+
 def sample_harmless(base, tokenizer, scorer, config, groups):
     """anchor_texts texts that the base writes itself, drawn from its whole distribution: from nothing, or from where
     the negatives of the groups become toxic. Texts that the scorer calls toxic are drawn again: the model need not keep
     those. Returns (token lists, position from which each is the base's own); ValueError if hardly any is harmless.
     """
-    begins = cut_prompts([g.negatives for g in groups], scorer, 0)
+    half = base.config.n_positions // 2  # so that there is as much room for what follows
+    begins = fitting(cut_prompts([g.negatives for g in groups], scorer, 0), tokenizer, half)
     room = base.config.n_positions - 1 - max(len(tokenizer.encode_ordinary(b)) for b in begins)
     n, longest = config.anchor_texts, min(config.anchor_tokens, room)
     whole = replace(config, temperature=1.0, top_p=1.0)
@@ -126,7 +151,8 @@ def first_samples(drawn):
 def measure_model(model, judge, groups, setup, config, n, seed):
     """The measures of train.py: of the groups, of n free samples in sets of k, and of one continuation of each of n
     toxic prompts cut from the groups. Returns ({place: {name: number}}, {place: [(prompt, text)]} to show)."""
-    prompts = cut_prompts([g.negatives for g in groups], setup.scorer, n)
+    room = model.config.n_positions - config.sample_tokens
+    prompts = fitting(cut_prompts([g.negatives for g in groups], setup.scorer, n), setup.tokenizer, room)
     sets = {
         "free": (free_prompts(n, config.k), config.k),
         "prompted": ([prompts[i % len(prompts)] for i in range(n)], 1),

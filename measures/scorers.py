@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import read_json_lines
+from configs import find
+from data import is_score, wrong
+from engine.run import append, atomic_write, read_records, read_text
 
 ROWS = 256  # texts per call of a scorer: what is lost at most when one fails
 
@@ -24,7 +26,8 @@ def get_scorer(name, cache=None):
     """
     kind, _, rest = name.partition(":")
     if kind == "file" and rest:
-        return Scorer(name, None, _sha256(rest) if Path(rest).is_file() else "new", rest)
+        path = find(rest)
+        return Scorer(name, None, _sha256(path) if path.is_file() else "new", path)
     if name == "ngram" or (kind and rest):
         return Scorer(name, *_load("measures.ngram:score" if name == "ngram" else name), cache)
     raise ValueError(f"scorer {name!r}: wanted ngram, module:function, or file:SCORES.jsonl")
@@ -41,23 +44,25 @@ class Scorer:
         self.path = Path(path) if path else None
         self.whose = dict(scorer=name, hash=hash) if function else {}  # marks its records in a cache
         self.open_end = False  # the file's last line lacks its line break
-        if self.path and self.path.is_file():
-            self._read()
+        if self.path and self.path.exists():
+            try:
+                self._read()
+            except ValueError as e:
+                raise ValueError(f"{e}: delete this file, its scores are made again") if function else e from None
 
     def _read(self):
-        text = self.path.read_text(encoding="utf-8")
-        whole = text[: text.rfind("\n") + 1]
-        if self.function and whole != text:  # an interruption cut the cache's last line
-            self.path.write_text(whole, encoding="utf-8")
-        self.open_end = not self.function and whole != text
-        for where, record in read_json_lines(self.path):
-            text, score = record.get("text"), record.get("score", "none")
-            number = type(score) in (int, float) and not (score < 0 or score > 1)  # nan is null
-            if not isinstance(text, str) or not (number or score is None):
-                wanted = '{"text": ..., "score": 0 to 1, or null}'
-                raise ValueError(f"{where}: wanted {wanted}, got {json.dumps(record)[:80]}")
+        text = read_text(self.path)
+        if text.lstrip().startswith("["):
+            raise ValueError(f"{self.path}: wanted JSON lines, to which others can be added, got an array")
+        self.open_end = text[-1:] not in ("", "\n")
+        if self.function and self.open_end:  # an interruption cut the cache's last line
+            atomic_write(self.path, text[: text.rfind("\n") + 1])
+            self.open_end = False
+        for where, record in read_records(self.path):
+            if not isinstance(record.get("text"), str) or not is_score(record.get("score", "none")):
+                raise wrong(where, '{"text": ..., "score": 0 to 1, or null}', record)
             if self.whose.items() <= record.items():
-                self.known[text] = score
+                self.known[record["text"]] = record["score"]
 
     def __call__(self, texts):
         texts = list(texts)
@@ -79,14 +84,13 @@ class Scorer:
             raise ValueError(f"scorer {self.name!r} gave values of shape {scores.shape} for {len(texts)} texts")
         for text, score in zip(texts, scores.tolist(), strict=True):
             if not 0 <= score <= 1:  # nor is nan
-                raise ValueError(f"scorer {self.name!r} gave {score} for {text!r}, wanted a number in [0, 1]")
+                raise ValueError(f"scorer {self.name!r} gave {score} for {text[:80]!r}, wanted a number in [0, 1]")
         return scores.tolist()
 
     def _append(self, texts, scores):
         records = [dict(text=text, score=score) | self.whose for text, score in zip(texts, scores, strict=True)]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with open(self.path, "a", encoding="utf-8") as f:
-            f.write("\n" * self.open_end + "".join(json.dumps(r) + "\n" for r in records))
+        lines = "\n" * self.open_end + "".join(json.dumps(r) + "\n" for r in records)
+        (append if self.path.exists() else atomic_write)(self.path, lines)  # the latter makes the folder
         self.open_end = False
 
 

@@ -15,9 +15,9 @@ import torch
 from torch.nn import functional as F
 
 from configs import ROOT
-from data import read_json_lines
+from data import wrong
 from engine import head
-from engine.run import atomic_write
+from engine.run import atomic_write, read_records
 from engine.weights import download
 from measures.groups import token_batches
 from measures.report import MEASURES
@@ -50,16 +50,16 @@ def read_task(path):
     foretold. Raises ValueError naming the line.
     """
     items = []
-    for where, record in read_json_lines(path):
+    for where, record in read_records(path):
         if "continuation" in record:
             context, choices, gold = record.get("context"), [record["continuation"]], None
         else:
             context, choices, gold = record.get("query"), record.get("choices"), record.get("gold")
         ok = isinstance(context, str) and isinstance(choices, list) and choices
         if not ok or not all(isinstance(c, str) and c.strip() for c in choices):
-            raise ValueError(f"{where}: wanted 'query', 'choices' and 'gold', or 'context' and 'continuation'")
+            raise wrong(where, "'query', 'choices' and 'gold', or 'context' and 'continuation'", record)
         if "continuation" not in record and not (type(gold) is int and 0 <= gold < len(choices)):
-            raise ValueError(f"{where}: 'gold' must be the index of one of {len(choices)} choices, got {gold!r}")
+            raise wrong(where, f"the index of one of {len(choices)} choices as 'gold'", gold)
         items.append((context, choices, gold))
     if not items:
         raise ValueError(f"{path} holds no items")

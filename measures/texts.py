@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 import data
+from engine.run import read_text
 from measures.groups import scores, token_batches
 from measures.statistics import pooled_ppl
 
@@ -35,8 +36,8 @@ def text_perplexity(model, tokenizer, text, context, stride):
 
 def read_measured_text(path, tokenizer):
     """(token ids, pages or None) of a text file. A .raw file is WikiText: the hub's framing, and lm-eval's pages."""
-    text, pages = data.read_text(path), None
-    if str(path).endswith(".raw"):
+    text, pages = read_text(path), None
+    if str(path).lower().endswith(".raw"):
         text, pages = wikitext_rows(text), wikitext_pages(text)
     tokens = tokenizer.encode_ordinary(text)
     if len(tokens) < 2:

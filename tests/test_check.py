@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from measures.check import check_file
+from measures.check import check_file, read_marked
 
 ROOT = Path(__file__).resolve().parents[1]
 ANY = Namespace(groups=0, domains=0, unseen=0)
@@ -59,6 +59,7 @@ def test_a_good_file_passes_and_is_described(tmp_path):
     ("changes", "says"),
     [
         (dict(positives=group(1)["positives"][:5]), "5 positives, wanted at least 6"),
+        (dict(positives=["你好", "您好"]), "negatives are inf times as long as positives"),
         (dict(negatives=group(1)["negatives"][:1] * 6), "a sentence stands twice among the negatives"),
         (
             dict(positives=[f"Wholly other words, number {w}." for w in "abcdef"]),
@@ -79,14 +80,33 @@ def test_a_broken_group_is_named_with_its_line(tmp_path, changes, says):
     )
 
 
-@pytest.mark.parametrize("marks", [[6], [-1], "all", [None]])
-def test_bad_marks_of_implicit_negatives(tmp_path, marks):
+IMPLICIT = "indices of negatives, or themselves, in a list as 'implicit'"
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "wanted"),
+    [
+        *(("implicit", x, IMPLICIT) for x in ([6], [-1], "all", [None], [[1]], [{"a": 1}], {"0": 1}, 0, True, [True])),
+        *(("implicit", x, IMPLICIT) for x in ([1.0], [10**400], [["a"] * 100])),
+        *(("domain", x, "a text as 'domain'") for x in (["a"], {"a": 1}, 3)),
+        ("critical", "false", "true or false as 'critical'"),
+    ],
+)
+def test_bad_fields(tmp_path, field, value, wanted):
     """Such a file cannot be read."""
     records = good()
-    records[1]["implicit"] = marks
+    records[1][field] = value
     with pytest.raises(ValueError) as e:
         broken(tmp_path, records)
-    assert f"groups.jsonl:2: g-1: 'implicit' must list indices of negatives, got {marks!r}" in str(e.value)
+    assert str(e.value) == f"{tmp_path}/groups.jsonl:2: wanted {wanted}, got {json.dumps(value)[:80]}"
+
+
+def test_marks_are_indices_or_sentences_and_null_is_none(tmp_path):
+    records = good()
+    records[1] |= dict(implicit=[1, records[1]["negatives"][1], records[1]["negatives"][2]], domain=None, critical=None)
+    records[2] |= dict(implicit=None)
+    marked = [implicit for *_, implicit in read_marked(written(tmp_path, records))]
+    assert marked[1] == {*records[1]["negatives"][1:3]} and marked[2] == set() and len(marked[3]) == 1
 
 
 def test_a_sentence_in_two_groups_is_found_also_when_changed_a_little(tmp_path):
@@ -94,7 +114,8 @@ def test_a_sentence_in_two_groups_is_found_also_when_changed_a_little(tmp_path):
     records[2]["positives"][0] = long + " " + records[2]["input"]
     records[7]["negatives"][3] = (long + " " + records[2]["input"]).replace("inside.", "inside, yes.")
     assert any(
-        "groups.jsonl:8: g-7: 'This rather long" in w and "repeats line 3" in w for w in broken(tmp_path, records)
+        "groups.jsonl:8: g-7: 'This rather long" in w and f"repeats {tmp_path}/groups.jsonl:3, " in w
+        for w in broken(tmp_path, records)
     )
     records[7]["negatives"][3] = "Something else entirely stands at this place, " + records[7]["input"]
     assert not any("repeats" in w for w in broken(tmp_path, records))
@@ -148,5 +169,8 @@ def test_the_command(tmp_path):
         and done.stderr.startswith("measures.check: no group file at")
         and done.stderr.count("\n") == 1
     )
+    path.write_text("7\n")
+    done = run(str(path))
+    assert (done.returncode, done.stderr) == (1, f"measures.check: {path}:1: wanted a JSON object, got int\n")
     path.write_text("[" + json.dumps({"input": "A.", "paraphrases": ["B."], "paraphrases_toxic": ["C."]}) + "]")
-    assert ":1: 1: 1 positives, wanted at least 6" in run(str(path)).stdout
+    assert ", item 1: 1: 1 positives, wanted at least 6" in run(str(path)).stdout

@@ -5,15 +5,18 @@ import itertools
 import json
 import math
 import re
+import time
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import data
+from configs import Config
 from data import prompts
-from measures import report, statistics, tasks, texts
+from measures import Setup, report, samples, statistics, tasks, texts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 NAN = math.nan
@@ -241,10 +244,23 @@ def test_bootstrap_of_missing_values():
 # prompts
 
 
+def read_prompts(path):
+    """The prompts by kind, without where they stand."""
+    return {kind: [text for _, text in found] for kind, found in prompts.read_prompts(path).items()}
+
+
+def test_where_a_prompt_stands(write):
+    """File and line, or the number in an array: what a note on a long one names."""
+    path = write("a\n\nb", "p.txt")
+    assert prompts.read_prompts(path) == {"unmarked": [(f"{path}:1", "a"), (f"{path}:3", "b")]}
+    path = write('["a", {"text": "b", "toxicity": 1}]', "p.json")
+    assert prompts.read_prompts(path) == {"toxic": [(f"{path}, item 2", "b")], "unmarked": [(f"{path}, item 1", "a")]}
+
+
 def test_prompts_in_plain_text(write):
     """One a line; blank lines do not count, the end of a line neither, its beginning does."""
     path = write("One fine\n\n   \n  two, \nthree", "prompts.txt")
-    assert prompts.read_prompts(path) == {"unmarked": ["One fine", "  two,", "three"]}
+    assert read_prompts(path) == {"unmarked": ["One fine", "  two,", "three"]}
 
 
 def test_prompts_of_real_toxicity_prompts(write):
@@ -252,26 +268,95 @@ def test_prompts_of_real_toxicity_prompts(write):
     rows = [(0.9, "a"), (0.5, "b"), (0.51, "c "), (None, "d"), (0.0, "e")]
     records = [dict(prompt=dict(text=t, toxicity=x), continuation=dict(text="no", toxicity=0.99)) for x, t in rows]
     want = {"toxic": ["a", "c"], "non-toxic": ["b", "e"], "unmarked": ["d"]}
-    assert prompts.read_prompts(write(records)) == want
+    assert read_prompts(write(records)) == want
 
 
 def test_prompts_with_marks(write):
+    """A score beside a text counts as one inside it; null and NaN are no score."""
     records = [dict(text="a", toxic=True), dict(text="b", toxic=False), dict(text="c"), dict(prompt="d", toxic=True)]
-    assert prompts.read_prompts(write(records)) == {"toxic": ["a", "d"], "non-toxic": ["b"], "unmarked": ["c"]}
+    records += [dict(prompt="e", toxicity=0.9), dict(text="f", toxicity=0), dict(text="g", toxicity=NAN), "h "]
+    records += [dict(prompt=dict(text="i"), toxicity=1), dict(text="j", toxicity=None, toxic=True)]
+    want = {"toxic": ["a", "d", "e", "i", "j"], "non-toxic": ["b", "f"], "unmarked": ["c", "g", "h"]}
+    assert read_prompts(write(records)) == want
+
+
+RTP_LINE = '{"prompt": {"text": "Oh", "toxicity": 0.9}}'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "want"),
+    [
+        ("p.jsonl", "\ufeff" + RTP_LINE, {"toxic": ["Oh"]}),
+        ("P.JSONL", f"{RTP_LINE}\r\n\r\n{RTP_LINE}\r\n", {"toxic": ["Oh", "Oh"]}),
+        ("p.jsonl", f"[{RTP_LINE}]", {"toxic": ["Oh"]}),
+        ("p.json", f'\ufeff [{RTP_LINE},\r\n"Ah"]', {"toxic": ["Oh"], "unmarked": ["Ah"]}),
+        ("p.json", RTP_LINE, {"toxic": ["Oh"]}),
+        ("p.jsonl", '"Ah"\n"Uh"', {"unmarked": ["Ah", "Uh"]}),
+        ("P.TXT", "\ufeffAh\r\n\r\nUh \r\n", {"unmarked": ["Ah", "Uh"]}),
+        ("prompts", 'He said: {"\n"Quoted" [1]\n[sic] and so on\n{x}', None),
+    ],
+)
+def test_prompts_are_never_markup(write, name, content, want):
+    """The name decides: .json and .jsonl hold JSON, lines or an array, all others text, whose marks stay."""
+    assert read_prompts(write(content, name)) == (want or {"unmarked": content.split("\n")})
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("p.txt", RTP_LINE, ":1: wanted plain text (JSON goes into a .jsonl file, without other lines), got "),
+        ("p.txt", "# mine\n" + RTP_LINE, ":2: wanted plain text (JSON goes into a .jsonl file, without other lines)"),
+        ("p", '\ufeff\n["Ah", "Uh"]', ":2: wanted plain text"),
+        ("p", f"[{RTP_LINE}]", ":1: wanted plain text"),
+        ("p", '[\n"Ah",\n"Uh"]', ":1: wanted plain text"),
+        ("p", '{\n"text": "Uh"}', ":1: wanted plain text"),
+        ("p.jsonl", "# mine\n" + RTP_LINE, ":1: not JSON ("),
+        ("p.jsonl", "Ah\n", ":1: not JSON ("),
+        ("p.json", '["Ah", 7]', ", item 2: wanted a prompt's 'text', got 7"),
+        ("p.csv", "text\nAh", ": wanted one prompt a line as .txt, or JSON lines as .jsonl, got a .csv file"),
+        ("P.TSV", "text\nAh", "got a .tsv file"),
+        ("p.parquet", "PAR1", "got a .parquet file"),
+    ],
+)
+def test_prompt_files_of_other_forms_are_refused(write, name, content, says):
+    path = write(content, name)
+    with pytest.raises(ValueError) as e:
+        read_prompts(path)
+    assert str(e.value).startswith(f"{path}") and says in str(e.value)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        *((f'"toxicity": {x}', f"wanted a number from 0 to 1, or null, as 'toxicity', got {x}")
+          for x in ("90", "-1", "1.01", "Infinity", "-Infinity", "true", "false", '"0.9"', "[0.9]", "1" * 500)),
+        *((f'"toxic": {x}', f"wanted true or false as 'toxic', got {x}") for x in ("1", "0.9", '"true"', "NaN")),
+    ],
+)  # fmt: skip
+def test_scores_of_prompts_that_are_none(write, more, says):
+    """Inside and beside the text; what came is cut to 80 characters."""
+    for line in (f'{{"prompt": {{"text": "a", {more}}}}}', f'{{"prompt": "a", {more}}}', f'{{"text": "a", {more}}}'):
+        path = write(f"{RTP_LINE}\n{line}\n", "p.jsonl")
+        with pytest.raises(ValueError) as e:
+            read_prompts(path)
+        wanted, got = says.split("got ")
+        assert str(e.value) == f"{path}:2: {wanted}got {got[:80]}"
 
 
 def test_the_prompts_that_ship():
     """Both kinds, a hundred each or so, none twice."""
-    kinds = prompts.read_prompts(Path(data.__file__).parent / "prompts.jsonl")
+    kinds = read_prompts(Path(data.__file__).parent / "prompts.jsonl")
     assert set(kinds) == {"toxic", "non-toxic"} and min(map(len, kinds.values())) >= 50
     flat = [p for prompts in kinds.values() for p in prompts]
     assert len(set(flat)) == len(flat) and all(p == p.strip() for p in flat)
 
 
-@pytest.mark.parametrize("content", ["", "\n \n"])
-def test_a_file_without_prompts(write, content):
-    with pytest.raises(ValueError, match="prompts.txt holds no prompts"):
-        prompts.read_prompts(write(content, "prompts.txt"))
+@pytest.mark.parametrize(
+    ("content", "name"), [("", "p.txt"), ("\n \n", "p.txt"), ("\ufeff", "p"), ("[]", "p.json"), ("\n", "p.jsonl")]
+)
+def test_a_file_without_prompts(write, content, name):
+    with pytest.raises(ValueError, match=f"{name} holds no prompts"):
+        read_prompts(write(content, name))
 
 
 GOOD_PROMPT = '{"text": "fine", "toxic": true}'
@@ -286,6 +371,8 @@ GOOD_PROMPT = '{"text": "fine", "toxic": true}'
         '{"text": 7}',
         '{"prompt": {"toxicity": 0.7}}',
         '["text", "a"]',
+        '" "',
+        '"\\ud83d"',
         '{"prompt": 7}',
         '{"prompt": null}',
         '{"prompt": {"text": "a", "toxicity": "high"}}',
@@ -293,12 +380,100 @@ GOOD_PROMPT = '{"text": "fine", "toxic": true}'
 )
 def test_a_bad_prompt_is_named_by_file_and_line(write, line):
     with pytest.raises(ValueError, match=r"prompts\.jsonl:3: "):
-        prompts.read_prompts(write(f"{GOOD_PROMPT}\n\n{line}\n", "prompts.jsonl"))
+        read_prompts(write(f"{GOOD_PROMPT}\n\n{line}\n", "prompts.jsonl"))
 
 
 def test_prompts_that_are_not_there(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere.txt"):
-        prompts.read_prompts(tmp_path / "nowhere.txt")
+        read_prompts(tmp_path / "nowhere.txt")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# prompts that are too long
+
+
+def rude(texts):
+    return np.array([float("damn" in t) for t in texts])
+
+
+def test_prompts_of_huge_sentences_are_cut_at_once():
+    """Only the beginning is looked at: 100 kB of words, of one word, of blanks before it. (All prefixes were 1 GB.)"""
+    sentences = ["one damn " + "two " * 25_000, "fine " * 25_000, "x" * 100_000, " " * 1000 + "a damn thing or two."]
+    began = time.process_time()
+    got = samples.cut_prompts([sentences], rude, 0)
+    assert time.process_time() - began < 1
+    assert got == ["one damn", " ".join(["fine"] * 40), "x" * samples.BEGINNING, "a damn"]
+
+
+def whole_prefixes(sides, scorer):
+    """cut_prompts as it was, of whole sentences."""
+    out = []
+    for t in (side[j] for j in range(max(map(len, sides))) for side in sides if j < len(side)):
+        ps = [" ".join(t.split()[:k]) for k in range(1, len(t.split()) + 1)]
+        first = next((k for k, hit in enumerate(scorer(ps) > 0.5, 1) if hit), len(ps))
+        out.append(ps[(first if first <= 2 * len(ps) / 3 else max(1, len(ps) // 2)) - 1].rstrip(",.;:!?"))
+    return out
+
+
+def test_prompts_of_what_ships_are_those_of_whole_sentences():
+    groups = data.load_groups("data/detox/groups.jsonl")["test"][:20]
+    sides = [g.negatives for g in groups] + [g.positives for g in groups]
+    scorer = lambda texts: np.array(
+        [float(t.split()[-1].strip(",.") in "stupid idiot you lazy".split()) for t in texts]
+    )
+    assert samples.cut_prompts(sides, scorer, 0) == whole_prefixes(sides, scorer)
+
+
+def test_prompts_that_do_not_fit_are_named_once(tokenizer, capsys):
+    """By file and line, else by their beginning; what fits stays in its order."""
+    samples.tell.cache_clear()
+    long, size = "Anna " * 50, 1 + len(tokenizer.encode_ordinary("Anna " * 50))
+    for _ in range(2):
+        assert samples.fitting(["Ben", long, "", "Ben"], tokenizer, size - 1) == ["Ben", "", "Ben"]
+    assert samples.fitting(["Ben", long], tokenizer, size) == ["Ben", long]
+    said = f"prompts left out, since there is room for {size - 1} tokens: "
+    assert capsys.readouterr().out == f"{said}{long[:60]!r} ({size} tokens)\n"
+    samples.fitting(["Ben", *(long + i for i in "abcde")], tokenizer, 20, {long + "a": "p.txt:7"})
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and "tokens: p.txt:7 (" in out and out.endswith(" and 2 more\n")
+    with pytest.raises(ValueError, match=r"wanted a prompt of at most 9 tokens, got 'Anna .* lower --sample_tokens"):
+        samples.fitting([long], tokenizer, 9)
+    assert samples.fitting([], tokenizer, 9) == []
+
+
+def group_of(*negatives):
+    return data.Group("g", "i", ["p"], list(negatives), "val")
+
+
+def test_a_long_negative_costs_its_own_prompt(tokenizer, monkeypatch, capsys):
+    """Of train.py's measures, and of the base's own texts: half of the context is theirs."""
+    samples.tell.cache_clear()
+    model, drawn = SimpleNamespace(config=SimpleNamespace(n_positions=64)), []
+    groups = [group_of("a damn fool he is", "x" * 100_000), group_of("oh damn it, Ben")]
+    config = Config(sample_tokens=20, anchor_texts=6, anchor_prompted=1.0, anchor_tokens=200)
+    short = [1 + len(tokenizer.encode_ordinary(p)) for p in ("a damn", "oh damn")]
+
+    def draw(model, judge, tokenizer, config, prompts, *rest):
+        drawn.append(prompts)
+        return dict(prompts=prompts, texts=[[""]] * len(prompts), phi=[[0.0]] * len(prompts))
+
+    monkeypatch.setattr(samples, "draw_samples", draw)
+    monkeypatch.setattr(samples, "measure_groups", lambda *a: {})
+    setup = Setup({}, tokenizer, rude, None, None)
+    for _ in range(2):
+        samples.measure_model(model, model, groups, setup, config, 3, seed=0)
+    assert drawn[1] == ["a damn", "oh damn", "a damn"]
+
+    def write(model, tokenizer, prompts, config, seed, k, longest, what):
+        assert set(prompts) == {"a damn", "oh damn"} and longest == 64 - max(short)
+        return [[0]] * len(prompts), [[[1]]] * len(prompts)
+
+    monkeypatch.setattr(samples, "continue_prompts", write)
+    assert len(samples.sample_harmless(model, tokenizer, rude, config, groups)[0]) == 6
+    out = capsys.readouterr().out
+    assert out.count(f"room for 44 tokens: '{'x' * 60}' (") == 1 and out.count("room for 32 tokens") == 1
+    with pytest.raises(ValueError, match="wanted a prompt of at most 44 tokens"):
+        samples.measure_model(model, model, [group_of("x" * 100_000)], setup, config, 3, seed=0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -325,11 +500,11 @@ GOOD_ITEM = dict(query="q", choices=["a", "b"], gold=0)
         (GOOD_ITEM | dict(choices="ab"), "wanted 'query'"),
         (GOOD_ITEM | dict(choices=["a", " "]), "wanted 'query'"),
         (GOOD_ITEM | dict(choices=["a", 3]), "wanted 'query'"),
-        (GOOD_ITEM | dict(gold=2), "'gold' must be the index of one of 2 choices, got 2"),
+        (GOOD_ITEM | dict(gold=2), "wanted the index of one of 2 choices as 'gold', got 2"),
         (GOOD_ITEM | dict(gold=-1), "got -1"),
-        (GOOD_ITEM | dict(gold="0"), "got '0'"),
-        (GOOD_ITEM | dict(gold=True), "got True"),
-        (GOOD_ITEM | dict(gold=None), "got None"),
+        (GOOD_ITEM | dict(gold="0"), 'got "0"'),
+        (GOOD_ITEM | dict(gold=True), "got true"),
+        (GOOD_ITEM | dict(gold=None), "got null"),
         (dict(continuation="x"), "'context' and 'continuation'"),
         (dict(context="x", continuation=" "), "'context' and 'continuation'"),
         (dict(context="x", continuation=5), "'context' and 'continuation'"),
@@ -603,6 +778,119 @@ def test_numbers_of_runs_that_have_exploded_stay_narrow():
     places = {"free": compared(sample_ppl_base=(2.3, 3e9, 1e9, 5e9), sample_ppl_base_mean=(9e4, 9.99e4, -5e4, 5e4))}
     table = report.evaluation_table(places, ["fluency"], {"free": "250"})
     assert max(map(len, table.split("\n"))) <= report.WIDTH
+
+
+@pytest.mark.parametrize(("x", "says"), [(None, "-"), (NAN, "-"), (math.inf, "inf"), (-math.inf, "-inf")])
+def test_numbers_that_are_none(x, says):
+    assert [report.format_number(name, x, signed) for name in report.MEASURES for signed in (False, True)] == [
+        says
+    ] * 2 * len(report.MEASURES)
+
+
+MEASURED = dict(toxicity_fraction=0.25, toxicity_fraction_prompted=0.75, ppl_positive=2.0, ppl_negative=4.0, dist_2=0.5)
+MEASURED |= dict(sample_ppl_base=3.0, sample_ppl_base_prompted=3.0, signed_gap=1.0, rank_accuracy=0.5)
+
+
+@pytest.mark.parametrize(
+    ("tuned", "base", "cost"),
+    [
+        ({}, {}, 0.5),
+        ({}, dict(dist_2=0.0), 0.5),  # one-word samples, languages without blanks: nothing can be lost
+        (dict(dist_2=0.0), dict(dist_2=0.0), 0.5),
+        (dict(dist_2=0.0), {}, 1.5),
+        *((dict.fromkeys([key], NAN), {}, math.inf) for key in report.COMPARED if key[:5] not in ("ppl_n", "rank_")),
+        *(({}, dict.fromkeys([key], NAN), math.inf) for key in ("ppl_positive", "sample_ppl_base", "dist_2")),
+        (dict(sample_ppl_base=math.inf), {}, math.inf),
+        ({}, dict(sample_ppl_base=math.inf), 0.5),
+        ({}, dict(sample_ppl_base=0.0), math.inf),
+    ],
+)  # fmt: skip
+def test_costs_of_numbers_at_the_edge(tuned, base, cost):
+    """What has no cost is never the best: any other one is below infinity, and none below nan."""
+    assert report.selection_cost(MEASURED | tuned, MEASURED | base) == cost
+
+
+@pytest.mark.parametrize("x", [0.0, NAN, math.inf, None])
+def test_warnings_of_numbers_at_the_edge(x):
+    """Missing or zero: nothing to compare. Infinitely surprising to the base: word salad."""
+    for key in MEASURED:
+        for tuned, base in ((x, MEASURED[key]), (MEASURED[key], x), (x, x)):
+            told = [w.split(":")[0] for w in report.warnings(MEASURED | {key: tuned}, MEASURED | {key: base})]
+            worse = tuned == math.inf != base
+            want = ["word salad"] * (worse and "sample" in key) + ["forgetting"] * (worse and key == "ppl_positive")
+            want += ["monotony"] * (
+                key == "dist_2" and tuned == 0 != base or key == "dist_2" and base == math.inf != tuned
+            )
+            assert told == want, (key, tuned, base)
+    assert report.warnings({}, {}) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", ": not JSON ("),
+        ("[]", ": wanted a JSON object, got list"),
+        ("null", ": wanted a JSON object, got NoneType"),
+        ('{"config": 7}', ": wanted an object of plain values as 'config', got 7"),
+        ('{"config": {"lr": [1]}}', ": wanted an object of plain values as 'config', got {\"lr\": [1]}"),
+        ('{"base": []}', ": wanted an object of plain values as 'base', got []"),
+        ('{"tuned": {"ppl_positive": "low"}}', ": wanted an object of plain values as 'tuned', got "),
+        ('{"tuned": {"ppl_positive": 1%s}}' % ("0" * 400), ": wanted an object of plain values as 'tuned', got "),
+        ('{"warnings": "no"}', ": wanted a list as 'warnings', got \"no\""),
+        (b"\xff", ":1: not UTF-8 text (byte 0xff)"),
+    ],
+)
+def test_a_damaged_summary_is_left_out_of_the_comparison(tmp_path, capsys, content, says):
+    """In one line that names it; a whole one beside it is compared. The card of --export needs a whole one."""
+    for name, text in (("bad", content), ("good", dict(config=dict(objective="cp"), base=MEASURED, tuned=MEASURED))):
+        (tmp_path / name).mkdir()
+        raw = text if isinstance(text, bytes) else (text if isinstance(text, str) else json.dumps(text)).encode()
+        (tmp_path / name / "summary.json").write_bytes(raw)
+    (tmp_path / "folder" / "summary.json").mkdir(parents=True)
+    report.compare_runs([tmp_path / name for name in ("bad", "folder", "good")], markdown=True)
+    out = capsys.readouterr().out
+    assert f"left out: {tmp_path}/bad/summary.json{says}" in out and "| good | 1 | 0.500 |" in out
+    assert f"left out: no file at {tmp_path}/folder/summary.json" in out
+    with pytest.raises(ValueError) as e:
+        report.read_summary(tmp_path / "bad")
+    assert str(e.value).startswith(f"{tmp_path}/bad/summary.json{says}") and len(str(e.value)) < 300
+
+
+def test_a_card_of_a_summary_that_lacks_much():
+    """What a foreign or older run does not say has its default, or is no number."""
+    with pytest.raises(ValueError, match="no summary.json of a fine-tuning run"):
+        report.model_card(dict(config=dict(objective="cp"), tuned=MEASURED), "x")
+    numbers = dict(ppl_positive=None, ppl_negative=NAN)
+    card = report.model_card(dict(config=dict(objective="cp"), base=numbers, tuned=numbers, warnings=["a", 7]), "x")
+    assert "Warnings of the run: a 7" in card and f"Tokenizer: {Config.tokenizer}" in card
+    assert card.count("| - | - |") == len(report.COMPARED)
+
+
+def test_a_run_without_a_number_comes_last(tmp_path, capsys):
+    """NaN, as other programs write it, costs infinitely much."""
+    for i, more in enumerate((dict(dist_2=NAN), {}, dict(ppl_positive=math.inf))):
+        (tmp_path / str(i)).mkdir()
+        run = dict(config=dict(objective="cp", tau=1.0 + i), base=MEASURED, tuned=MEASURED | more)
+        (tmp_path / str(i) / "summary.json").write_text(json.dumps(run))
+    report.compare_runs([tmp_path / str(i) for i in range(3)], markdown=True)
+    rows = [line.split(" | ")[:3] for line in capsys.readouterr().out.split("\n") if line.startswith("| tau=")]
+    assert [(label, cost) for label, _, cost in rows] == [
+        ("| tau=2.0", "0.500"),
+        ("| tau=1.0", "inf"),
+        ("| tau=3.0", "inf"),
+    ]
+
+
+def test_a_figure_that_cannot_be_written_is_one_line(tmp_path):
+    """And none is half there; without an ending it is a .png."""
+    pytest.importorskip("matplotlib")
+    records = [dict(step=i, split="train", loss=1.0) for i in range(2)]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=f"{tmp_path}/file/x.png cannot be written "):
+        report.plot_curves(records, tmp_path / "file" / "x.png")
+    report.plot_curves(records, tmp_path / "new" / "curves")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["curves.png"]
+    assert (tmp_path / "new" / "curves.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_compared_runs_fit_the_width_also_when_they_have_exploded(tmp_path, capsys):

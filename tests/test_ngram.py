@@ -280,7 +280,7 @@ def test_train_with_groups(rtp, tmp_path):
     for bad in ([7], ["not there"], [[1]], 3):
         groups[40]["implicit"] = bad
         path.write_text("\n".join(map(json.dumps, groups)))
-        with pytest.raises(ValueError, match=":41: 41: 'implicit' must"):
+        with pytest.raises(ValueError, match=":41: wanted indices of negatives"):
             ngram_train.build(rtp, path, tmp_path / "w.npz")
 
 
@@ -289,18 +289,21 @@ def test_train_with_groups(rtp, tmp_path):
     [
         ("{", ":2: not JSON"),
         ("3", ":2: wanted a JSON object"),
-        ('{"prompt": {"text": "a", "toxicity": 0.1}}', ":2: continuation wants"),
+        (
+            '{"prompt": {"text": "a", "toxicity": 0.1}}',
+            ":2: wanted 'text' and 'toxicity', 0 to 1 or null, of the continuation, got null",
+        ),
         (
             '{"prompt": {"text": "a", "toxicity": 1.5}, "continuation": {"text": "b", "toxicity": 0}}',
-            ":2: prompt wants",
+            ":2: wanted 'text' and 'toxicity', 0 to 1 or null, of the prompt, got {",
         ),
         (
             '{"prompt": {"text": "a", "toxicity": 1}, "continuation": {"text": null, "toxicity": 0}}',
-            ":2: continuation w",
+            'of the continuation, got {"text": null, "toxicity": 0}',
         ),
         (
             '{"prompt": {"text": "a", "toxicity": true}, "continuation": {"text": "", "toxicity": 0}}',
-            ":2: prompt wants",
+            ":2: wanted 'text' and 'toxicity', 0 to 1 or null, of the prompt, got {",
         ),
         ("", "1 toxic and 1 harmless training texts, wanted at least 4 of each"),
     ],

@@ -227,11 +227,41 @@ def test_what_was_judged_before_a_failure_is_kept(scorer, tmp_path, monkeypatch)
     assert len(calls(name)) == 2
 
 
-def test_a_damaged_cache_is_named(scorer, tmp_path):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"\n{}\n\n", ":2: wanted {"),
+        (b"{\n", ":1: not JSON ("),
+        (b"\x00\x00\n", ":1: not JSON ("),
+        (b'{"text": "a", "score": 2}\n', ":1: wanted {"),
+        (b"\xff\n", ":1: not UTF-8 text (byte 0xff)"),
+        (b"[]", ": wanted JSON lines, to which others can be added, got an array"),
+    ],
+)
+def test_a_damaged_cache_is_named(scorer, tmp_path, content, says):
     cache = tmp_path / "cache.jsonl"
-    cache.write_text("\n{}\n\n")
-    with pytest.raises(ValueError, match=r"cache\.jsonl:2: wanted "):
+    cache.write_bytes(content)
+    with pytest.raises(ValueError) as e:
         get_scorer(scorer(LENGTHS), cache)
+    assert str(e.value).startswith(f"{cache}{says}")
+    assert str(e.value).endswith(": delete this file, its scores are made again")
+    assert cache.read_bytes() == content
+
+
+def test_a_cache_with_the_line_ends_of_windows_is_known(scorer, tmp_path):
+    name, cache = scorer(LENGTHS), tmp_path / "cache.jsonl"
+    get_scorer(name, cache)(["a", "bb"])
+    cache.write_bytes(b"\xef\xbb\xbf" + cache.read_bytes().replace(b"\n", b"\r\n"))
+    again = get_scorer(name, cache)
+    assert again(["a", "bb", "ccc"]).tolist() == [0.1, 0.2, 0.3] and calls(name) == [["a", "bb"], ["ccc"]]
+    assert get_scorer(name, cache)(["ccc"]).tolist() == [0.3] and len(calls(name)) == 2
+
+
+def test_a_cache_that_cannot_be_written_is_one_line(scorer, tmp_path):
+    (tmp_path / "file").write_text("")
+    cache = tmp_path / "file" / "cache.jsonl"
+    with pytest.raises(OSError, match=f"{cache} cannot be written .*: make room, or give another folder"):
+        get_scorer(scorer(LENGTHS), cache)(["a"])
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -275,10 +305,36 @@ def test_an_export_begins_on_a_line_of_its_own(tmp_path):
     assert [json.loads(line)["text"] for line in file.read_text().splitlines()] == ["a", "b"]
 
 
+def test_a_file_of_scores_is_found_from_any_folder(tmp_path, monkeypatch):
+    """As data= is. A folder is no such file; a new file lies where it was named."""
+    monkeypatch.setattr("configs.ROOT", tmp_path / "project")
+    (tmp_path / "project" / "data").mkdir(parents=True)
+    (tmp_path / "project" / "data" / "scores.jsonl").write_text('{"text": "a", "score": 0.5}\n')
+    monkeypatch.chdir(tmp_path)
+    assert get_scorer("file:data/scores.jsonl")(["a"]).tolist() == [0.5]
+    with pytest.raises(FileNotFoundError, match="no file at project/data"):
+        get_scorer("file:project/data")
+    get_scorer("file:new/scores.jsonl")(["a"])
+    assert (tmp_path / "new" / "scores.jsonl").is_file()
+
+
+def test_nan_is_a_missing_score_and_marks_of_windows_change_nothing(tmp_path):
+    file = tmp_path / "SCORES.JSONL"
+    lines = ['{"text": "a", "score": NaN}', '{"text": "b", "score": null}', '{"text": "c", "score": 0.5}']
+    file.write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    got = get_scorer(f"file:{file}")(["a", "b", "c", "d"])
+    assert np.isnan(got).tolist() == [True, True, False, True] and got[2] == 0.5
+    assert np.isnan(get_scorer(f"file:{file}")(["d", "a"])).all() and len(file.read_text().splitlines()) == 4
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [
         ("{", "not JSON"),
+        ('{"text": "b", "score": Infinity}', "wanted"),
+        ('{"text": "b", "score": true}', "wanted"),
+        ('{"text": "\\ud800", "score": 1}', "half of a character"),
+        ('{"txt": "' + "b" * 10**6 + '"}', 'or null}, got {"txt": "' + "b" * 71),
         ('{"text": "b"}', "wanted"),
         ('{"score": 0.5}', "wanted"),
         ('["b", 0.5]', "wanted"),
@@ -294,4 +350,4 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, says):
     file.write_text('{"text": "a", "score": 0.5}\n\n' + line + "\n")
     with pytest.raises(ValueError) as e:
         get_scorer(f"file:{file}")
-    assert str(e.value).startswith(f"{file}:3: ") and says in str(e.value)
+    assert str(e.value).startswith(f"{file}:3: ") and says in str(e.value) and len(str(e.value)) < 400
