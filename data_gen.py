@@ -13,7 +13,7 @@ A group depends on its own random numbers, not on its neighbours. Each block of 
 the log, then its groups to groups.jsonl; --resume goes on behind the last whole block of the log.
 """
 
-from configs import before_torch, find, load_config
+from configs import before_torch, find, load_config, one_line_errors
 
 if __name__ == "__main__":
     before_torch("data_gen", __doc__)
@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import data.toy
 from data.prompts import answer, closing_tokens, few_shot, prompt_for, unquoted
-from engine.run import Log, one_line_errors
+from engine.run import Log, held
 from measures import open_setup, report
 from measures.groups import frames, scores
 from measures.samples import decode
@@ -203,7 +203,7 @@ def read_seeds(config):
         found = [(f"toy-seed-{i:04d}", text, DEALT[i % 10]) for i, text in enumerate(data.toy.seeds())]
     elif not config.seeds:
         raise ValueError("no seeds: give --seeds=FILE, a text file with one sentence a line or a group file")
-    elif path.suffix in (".jsonl", ".json"):
+    elif path.suffix.lower() in (".jsonl", ".json"):
         found = [(g.id, g.input, g.split) for g in data.read_groups(find(path))]
     else:
         lines = [(n, line) for n, line in enumerate(data.read_text(find(path)).split("\n"), 1) if line.strip()]
@@ -334,9 +334,10 @@ def print_report(records, groups, seed):
 
 
 def main(argv=None):
-    config = load_config("data_gen", argv)
     with one_line_errors("data_gen.py", "finished blocks are kept, the same command with --resume goes on"):
-        generate_groups(config)
+        config = load_config("data_gen", argv)
+        with held(config.out_dir):
+            generate_groups(config)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,17 @@ from a paired bootstrap over what was measured.
     python eval.py --compare out/* [--markdown]            one table over runs and seeds
 """
 
-from configs import SETTINGS, Config, before_torch, find, load_config, read_config_file
+from configs import (
+    ROOT,
+    SETTINGS,
+    Config,
+    before_torch,
+    find,
+    load_config,
+    one_line,
+    one_line_errors,
+    read_config_file,
+)
 
 if __name__ == "__main__":
     before_torch("eval", __doc__)
@@ -23,6 +33,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import sys
 import time
 from contextlib import suppress
@@ -34,7 +45,8 @@ from tqdm import tqdm
 
 import data
 from data.prompts import read_prompts
-from engine.run import Log, atomic_write, load_checkpoint, one_line_errors, versions, write_json
+from engine.run import Log, atomic_write, held, read_json, read_records, versions, write_json
+from engine.weights import load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
 from measures.groups import frames, measure_groups
 from measures.report import MEASURES
@@ -46,6 +58,7 @@ from measures.samples import (
     decode,
     draw_samples,
     first_samples,
+    fitting,
     free_prompts,
     measure_samples,
 )
@@ -56,6 +69,8 @@ from model import GPT
 
 PARTS = ("scores", "toxicity", "rewriting", "fluency", "diversity", "utility", "drift")
 SHOWN = 4  # of the k continuations of --prompt
+SCORERS = ("ngram", "data.toy:rudeness", "measures.formal:informality")  # those that ship
+UNTRUSTED = "out_dir ckpt base plot prompt rewrite export check".split()  # of a checkpoint's settings
 
 
 @dataclass
@@ -124,15 +139,18 @@ def compare_samples(ev):
 
 def prompt_sets(ev):
     """{place: prompts} of the samples: none, cut from the test split, and those of the prompt file."""
-    c, sets = ev.config, {"free": free_prompts(CLOSING, ev.config.k)}
+    c, sets, tokenizer = ev.config, {"free": free_prompts(CLOSING, ev.config.k)}, ev.setup.tokenizer
+    room = min(m.config.n_positions for m in ev.setup.models.values()) - c.sample_tokens
     if ev.groups["test"]:
         scorer = ev.setup.scorer
         cutter = scorer if scorer.function else get_scorer("ngram")  # a file of scores knows no beginnings
         for place, side in (("prompted", "negatives"), ("harmless", "positives")):
-            sets[place] = cut_prompts([getattr(g, side) for g in ev.groups["test"]], cutter, c.n_prompts)
+            prompts = cut_prompts([getattr(g, side) for g in ev.groups["test"]], cutter, c.n_prompts)
+            sets[place] = fitting(prompts, tokenizer, room)
     if c.prompts:
         path = find(c.prompts)
-        for kind, prompts in read_prompts(path).items():
+        for kind, records in read_prompts(path).items():
+            prompts = fitting([text for _, text in records], tokenizer, room, {text: at for at, text in records})
             order = np.random.default_rng([c.seed, 6]).permutation(len(prompts))[: c.n_prompts or None]
             sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)]
     return sets
@@ -203,12 +221,18 @@ def sha256(x):
 def cached(path, key, compute):
     """(compute(), False), or (what an earlier call left at `path` for the same key, True). Arrays become lists."""
     if path.is_file():
-        saved = json.loads(path.read_text())
-        if saved["key"] == key:
-            return saved["value"], True
-    content = json.dumps(dict(key=key, value=compute()), default=np.ndarray.tolist)
-    atomic_write(path, content)
-    return json.loads(content)["value"], False
+        try:
+            saved = read_json(path)
+            if saved["value_sha256"] != sha256(saved["value"]):
+                raise ValueError(f"{path}: its value is not what was written")
+        except (ValueError, KeyError) as e:
+            print(f"{one_line(e)}: damaged, so it is measured again")
+        else:
+            if saved["key"] == key:
+                return saved["value"], True
+    value = json.loads(json.dumps(compute(), default=np.ndarray.tolist))
+    atomic_write(path, json.dumps(dict(key=key, value=value, value_sha256=sha256(value))))
+    return value, False
 
 
 # ---- an evaluation: open, measure, close ---------------------------------------------------------------------------
@@ -223,18 +247,28 @@ def tuned_checkpoint(config):
 def find_models(config):
     """(checkpoint, base, folder for results) that the settings mean. Raises with one line what is missing."""
     ckpt, out = tuned_checkpoint(config)
-    if config.base:
+    if config.base and (ckpt.is_file() or ckpt.suffix != ".pt"):
         return str(ckpt), config.base, out
-    if ckpt.suffix != ".pt":
+    saved = load_checkpoint(ckpt) if ckpt.suffix == ".pt" else {}
+    if not saved:
         raise ValueError(f"{ckpt} is no checkpoint of train.py, so what is it to be compared with? Give --base")
-    base = load_checkpoint(ckpt).get("config", {}).get("init_from", "scratch")
+    base = str(saved.get("config", {}).get("init_from", "scratch"))
     if base == "scratch":
         raise ValueError(f"{ckpt} names no model that it was tuned from: give the one to compare it with as --base")
     if base.endswith(".py"):
-        path, base = base, Path(read_config_file(base)["out_dir"]) / "best.pt"
+        path = find(base)
+        if not ships(base) and base != config.init_from:  # unless the user's own config says the same
+            raise ValueError(f"{ckpt} names {base} as its base, and that code is not run unasked: give --base")
+        base = Path(read_config_file(path).get("out_dir", SETTINGS["out_dir"].default)) / "best.pt"
         if not base.is_file():
-            raise FileNotFoundError(f"the base, {base}, is missing: python train.py {path} makes it, or give --base")
+            command = f"python train.py {shlex.quote(str(path))}"
+            raise FileNotFoundError(f"the base, {base}, is missing: {command} makes it, or give --base")
     return str(ckpt), str(base), out
+
+
+def ships(init_from):
+    """Whether a checkpoint may name this as what it was tuned from: any but a config, which is code, of others."""
+    return not init_from.endswith(".py") or find(init_from).resolve().parent == ROOT / "configs"
 
 
 def chosen_parts(text):
@@ -248,12 +282,12 @@ def chosen_parts(text):
     return [p for p in PARTS if p in words or "all" in words or not words]
 
 
-def open_evaluation(config):
+def open_evaluation(config, ckpt, base, out):
     """Load what the settings mean, and print it."""
     parts = chosen_parts(config.parts)
     if config.plot and report.pyplot() and "scores" not in parts:
         raise ValueError("--plot draws the part 'scores': add it to --parts")
-    ckpt, base, out = find_models(config)
+    report.read_summary(out)  # it is added to at the end: better to know now if it is damaged
     names = {"base": base, "tuned": ckpt}
     setup = open_setup(config, names, scores_file=out / "scores.jsonl")
     groups = data.load_groups(config.data)
@@ -272,27 +306,34 @@ def open_evaluation(config):
 
 def evaluate_run(config, command):
     """Compare base and tuned model: all chosen parts, the table, the files. Returns the content of eval.json."""
-    began, ev = time.time(), open_evaluation(config)
+    began, (ckpt, base, out) = time.time(), find_models(config)
+    with held(out, others=True):
+        ev = open_evaluation(config, ckpt, base, out)
+        measure(ev)
+        result = write_results(ev, command, began)
+    if config.plot:
+        report.plot_scores({side: places["groups"]["auc"] for side, places in ev.measured.items()}, config.plot)
+        if (out / "log.jsonl").is_file():
+            records = [record for _, record in read_records(out / "log.jsonl", cut=True)]
+            report.plot_curves(records, Path(config.plot).with_suffix("").as_posix() + "-curves.png")
+    return result
+
+
+def measure(ev):
+    """All parts that are wanted."""
     if "scores" in ev.parts:
         compare_scores(ev)
     if {"toxicity", "fluency", "diversity"} & set(ev.parts):
         compare_samples(ev)
     if "rewriting" in ev.parts:
         compare_rewrites(ev)
-    text = text_of(ev) if config.text and {"fluency", "drift"} & set(ev.parts) else None
+    text = text_of(ev) if ev.config.text and {"fluency", "drift"} & set(ev.parts) else None
     if "fluency" in ev.parts and text:
         compare_texts(ev, text)
     if "utility" in ev.parts:
         compare_tasks(ev)
     if "drift" in ev.parts:
         compare_drift(ev, text)
-    out = write_results(ev, command, began)
-    if config.plot:
-        report.plot_scores({side: places["groups"]["auc"] for side, places in ev.measured.items()}, config.plot)
-        if (ev.out / "log.jsonl").is_file():
-            records = [json.loads(line) for line in data.read_text(ev.out / "log.jsonl").splitlines()]
-            report.plot_curves(records, Path(config.plot).with_suffix("").as_posix() + "-curves.png")
-    return out
 
 
 def differences(ev):
@@ -307,12 +348,8 @@ def differences(ev):
 
 
 def write_results(ev, command, began):
-    """Print table, samples and warnings; write eval.json and what summary.json lacks."""
+    """Write eval.json and what summary.json lacks; print table, samples and warnings."""
     c, scorer, compared = ev.config, ev.setup.scorer, differences(ev)
-    print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes))
-    print("\n~ the interval contains 0; rows in which nothing varies are left out (eval.json has them)")
-    print(report.wrap(f"toxic: {scorer.name} > 0.5; sizes: prompts x samples of at most {c.sample_tokens} tokens"))
-    print(report.format_samples(ev.shown))
     sides = {side: {p: {n: m[side] for n, m in ms.items()} for p, ms in compared.items()} for side in ev.names}
     sides = {side: report.flat(places) for side, places in sides.items()}
     toxicity = {
@@ -320,12 +357,7 @@ def write_results(ev, command, began):
         for side, places in ev.measured.items()
     }
     missing = {side: sum(int(np.isnan(rows).sum()) for rows in found) for side, found in toxicity.items()}
-    if any(missing.values()):
-        print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {scorer.path}"))
     told = report.warnings(sides["tuned"], sides["base"])
-    for w in told:
-        print("\n" + report.wrap(f"WARNING {w}"))
-
     names = {n for ms in compared.values() for n in ms}
     how = dict(command=command, seed=c.seed, scorer=dict(name=scorer.name, sha256=scorer.hash), parts=ev.parts)
     machine = dict(device=str(ev.setup.device), dtype=str(ev.setup.dtype)[6:], versions=versions())
@@ -337,6 +369,15 @@ def write_results(ev, command, began):
     new = {side: (v | summary.get(side, {}) if trained else summary.get(side, {}) | v) for side, v in sides.items()}
     summary = machine | dict(config=asdict(c), seconds=out["seconds"], tokens_per_second=None) | summary
     write_json(ev.out / "summary.json", summary | new | dict(evaluated=how))
+
+    print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes))
+    print("\n~ the interval contains 0; rows in which nothing varies are left out (eval.json has them)")
+    print(report.wrap(f"toxic: {scorer.name} > 0.5; sizes: prompts x samples of at most {c.sample_tokens} tokens"))
+    print(report.format_samples(ev.shown))
+    if any(missing.values()):
+        print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {scorer.path}"))
+    for w in told:
+        print("\n" + report.wrap(f"WARNING {w}"))
     print(f"\n{out['seconds']:.0f} s in all\nwritten to {ev.out}: eval.json, summary.json")
     return out
 
@@ -373,7 +414,7 @@ def continue_prompt(config):
 def rewrite_file(config):
     """--rewrite=FILE: a polite version of each line by the tuned model, into rewritten.txt (line by line as in FILE; an
     empty line where there is no answer) and, with toxicity and overlap, rewritten.jsonl. An interrupted run goes on."""
-    lines, n = data.read_text(config.rewrite).removesuffix("\n").split("\n"), 32
+    lines, n = data.read_text(find(config.rewrite)).removesuffix("\n").split("\n"), 32
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
         raise ValueError(f"{config.rewrite} holds no text")
@@ -382,9 +423,10 @@ def rewrite_file(config):
     model, scorer = setup.models["tuned"], setup.scorer
     how = [config.shots, config.positive_prompt, config.temperature, config.top_p, config.seed, str(setup.dtype)]
     run = sha256([sha256(model), texts, *how, scorer.name, scorer.hash, [vars(g) for g in groups]])
-    log = Log(out / "rewritten.jsonl", keep=lambda record: record["run"] == run)
-    log.rewrite(log.records[: len(log.records) // n * n])
-    with tqdm(total=len(texts), initial=len(log.records), desc="rewriting", delay=1) as bar:
+    with held(out, others=True), tqdm(total=len(texts), desc="rewriting", delay=1) as bar:
+        log = Log(out / "rewritten.jsonl", keep=lambda record: record["run"] == run)
+        log.rewrite(log.records[: len(log.records) // n * n])
+        bar.update(len(log.records))
         for i in range(len(log.records), len(texts), n):
             some = texts[i : i + n]
             with setup.amp():
@@ -394,8 +436,8 @@ def rewrite_file(config):
             keys = ("run", "input", "output", "toxicity_input", "toxicity", "rouge_l")
             log.write(*(dict(zip(keys, (run, *row, rouge_l(*row[:2])), strict=True)) for row in rows))
             bar.update(len(some))
-    answers = iter(r["output"] for r in log.records)
-    atomic_write(out / "rewritten.txt", "".join((next(answers) if line.strip() else "") + "\n" for line in lines))
+        answers = iter(r["output"] for r in log.records)
+        atomic_write(out / "rewritten.txt", "".join((next(answers) if line.strip() else "") + "\n" for line in lines))
     for r in log.records[:10]:
         print(report.wrap(r["input"], "  ") + "\n" + report.wrap(r["output"], "    -> "))
     before, after = (sum(r[k] > 0.5 for r in log.records if r["output"]) for k in ("toxicity_input", "toxicity"))
@@ -447,11 +489,17 @@ def check_published(config):
 
 
 def saved_settings(flags):
-    """Without a config file, the settings of the checkpoint that --ckpt names."""
-    ckpt = flags.get("ckpt", "")
-    if not ckpt.endswith(".pt"):
+    """Without a config file, the settings of the checkpoint that --ckpt names: those that say what is measured and how.
+    No file says where something is written, or which code is run."""
+    ckpt = find(flags.get("ckpt", ""))
+    if ckpt.suffix != ".pt":
         return {}
-    return {k: v for k, v in load_checkpoint(find(ckpt)).get("config", {}).items() if k in SETTINGS}
+    saved = load_checkpoint(ckpt).get("config", {})
+    if saved.get("scorer", "ngram") not in SCORERS and "scorer" not in flags:
+        raise ValueError(f"{ckpt} names the scorer {saved['scorer']!r}, which is not imported unasked: give --scorer")
+    if not ships(str(saved.get("init_from", ""))):
+        del saved["init_from"]
+    return {k: v for k, v in saved.items() if k in SETTINGS and k not in UNTRUSTED}
 
 
 def main(argv=None):
@@ -472,7 +520,7 @@ def main(argv=None):
         ):
             if value:
                 return command(config)
-        evaluate_run(config, "python eval.py " + " ".join(argv))
+        evaluate_run(config, "python eval.py " + shlex.join(argv))
 
 
 if __name__ == "__main__":

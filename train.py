@@ -6,14 +6,23 @@ Reads from top to bottom: the objective, the loop, what is set up before it, wha
     python train.py configs/gpt2_cp.py --tau=0.5 --out_dir=out/tau0.5
 """
 
-from configs import Config, before_torch, changed, differing_settings, find, load_config
+from configs import (
+    Config,
+    before_torch,
+    changed,
+    check_resumable,
+    differing_settings,
+    find,
+    load_config,
+    one_line_errors,
+)
 
 if __name__ == "__main__":
     before_torch("train", __doc__)
 
 import copy
-import json
 import math
+import shlex
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -24,13 +33,14 @@ import torch
 from tqdm import tqdm
 
 import data
+from engine.resume import load_last, restore
 from engine.run import (
     Log,
     atomic_write,
     first_interrupt,
     first_line,
-    load_checkpoint,
-    one_line_errors,
+    held,
+    read_json,
     versions,
     write_json,
 )
@@ -124,6 +134,9 @@ def fit(run):
             # ---- measure and save: at the first step, now and then, and at the last
             step, last = run.step, run.step == config.max_steps
             due = step == 0 or last or (config.eval_interval and step % config.eval_interval == 0)
+            if due or stop:  # before the validation, which may fail: a scorer is anybody's code
+                state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
+                save(run, "last.pt", best=run.best, **state)
             if due:
                 m = run.base_measures if step == 0 else validate(run, run.model)
                 cost = m["val_nll"] if config.objective == "lm" else report.selection_cost(m, run.base_measures)
@@ -131,10 +144,7 @@ def fit(run):
                 bar.write(validation_line(step, cost, m))
                 if step and (run.best is None or cost < run.best["cost"]):
                     run.best = {"cost": cost, "step": step}
-                    save(run, "best.pt", measures=m)
-            if due or stop:
-                state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
-                save(run, "last.pt", best=run.best, **state)
+                    save(run, "best.pt", cost=cost, measures=m)
             if last or stop:
                 return last
 
@@ -243,10 +253,10 @@ def trained_by(path, config):
     wanted = load_config("train", [path, *machine])
     out = Path(wanted.out_dir)
     if (out / "config.json").is_file():
-        if names := differing_settings(wanted, json.loads((out / "config.json").read_text())):
+        if names := differing_settings(wanted, read_json(out / "config.json")):
             raise ValueError(
                 f"{out} was made with another {', '.join(names)} than {path} says: delete that folder, or name its "
-                f"checkpoint, --init_from={out / 'best.pt'}"
+                f"checkpoint, --init_from={shlex.quote(str(out / 'best.pt'))}"
             )
         if (out / "summary.json").is_file() and (out / "best.pt").is_file():
             return str(out / "best.pt")
@@ -260,8 +270,7 @@ def trained_by(path, config):
 
 def set_up(config):
     """Build a Run, print what it will do, and continue an unfinished one if asked to."""
-    out = Path(config.out_dir)
-    saved = resume_state(out, config.resume)
+    out, saved = Path(config.out_dir), resume_state(config)
     setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
     model = setup.models["model"]
     batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
@@ -277,16 +286,17 @@ def set_up(config):
     scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
     run = Run(config, out, setup, model, base, make_optimizer(model, config), scaler, batches, held_out, groups)
     if saved:
-        model.load_state_dict(saved["model"])
-        run.optimizer.load_state_dict(saved["optimizer"])
-        run.scaler.load_state_dict(saved["scaler"])
+        restore(model, run.optimizer, scaler, saved, out / "last.pt")
         run.step, run.best = saved["step"], saved["best"]
         names = differing_settings(config, saved["config"])
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(names)}" if names else ""))
 
-    for name in (*(WRITTEN if not saved else ()), "summary.json", "eval.json"):
+    # In this order a kill leaves nothing that a later run would take for its own.
+    for name in ("summary.json", "eval.json") if saved else ("last.pt", "summary.json", "eval.json"):
         (out / name).unlink(missing_ok=True)
     write_json(out / "config.json", asdict(config))
+    for name in () if saved else ("best.pt", "log.jsonl"):
+        (out / name).unlink(missing_ok=True)
     compiled = try_compile(run)
     some = [batches[i] for i in range(5)]
     tokens = sum(b.tokens for b in some) / len(some) * config.grad_accum
@@ -299,18 +309,22 @@ def set_up(config):
     return run
 
 
-def resume_state(out, resume):
-    """The checkpoint to resume from, or None. An unfinished run is never overwritten unasked."""
-    if resume:
-        return load_checkpoint(out / "last.pt")
-    if (out / "last.pt").is_file() and not (out / "summary.json").is_file():
-        if step := load_checkpoint(out / "last.pt")["step"]:
-            raise ValueError(
-                f"{out} holds an unfinished run at step {step}: add --resume to go on with it, or give another "
-                "--out_dir, or delete the folder"
-            )
-    elif (out / "summary.json").is_file():
+def resume_state(config):
+    """The checkpoint to resume from, or None. An unfinished run is never overwritten unasked. Raises ValueError or
+    FileNotFoundError if what is there is no run of these settings."""
+    out, last = Path(config.out_dir), Path(config.out_dir) / "last.pt"
+    if config.resume:
+        saved = load_last(last)
+        check_resumable(config, saved["config"], last)
+        if saved["step"] > config.max_steps:
+            raise ValueError(f"{last} is at step {saved['step']}, beyond --max_steps={config.max_steps}: give more")
+        return saved
+    if (out / "summary.json").is_file():
         print(f"{out} holds a finished run, which this one replaces")
+    elif last.is_file():
+        raise ValueError(
+            f"{out} holds an unfinished run: add --resume to go on with it, or give another --out_dir, or delete it"
+        )
     return None
 
 
@@ -371,68 +385,66 @@ def try_compile(run):
 
 
 def close(run, began):
-    """Print what the run has changed, and write summary.json, which is returned."""
+    """Measure what the run has changed, write summary.json, which is returned, then print it."""
     c, best = run.config, run.out / "best.pt"
     tuned = GPT.from_pretrained(best).to(run.setup.device)
-    print(f"\nbase: {c.init_from} | tuned: {best}, step {run.best['step']} of {c.max_steps}")
     with run.setup.amp():
-        summary = close_lm(run, tuned) if c.objective == "lm" else close_cp(run, tuned)
+        summary, told = close_lm(run, tuned) if c.objective == "lm" else close_cp(run, tuned)
     speed = run.tokens / run.seconds if run.seconds else None
     summary |= dict(best_step=run.best["step"], config=asdict(c), tokens_per_second=speed)
     summary |= dict(device=str(run.setup.device), dtype=str(run.setup.dtype)[6:], versions=versions())
     summary["seconds"] = seconds = time.time() - began
     write_json(run.out / "summary.json", summary)
+    print(f"\nbase: {c.init_from} | tuned: {best}, step {run.best['step']} of {c.max_steps}")
+    print("\n".join(told))
     print(f"\n{seconds:.0f} s in all" + (f", {speed:,.0f} scored tokens per second of training" if speed else ""))
     print(f"written to {run.out}: {', '.join(WRITTEN)}")
     return summary
 
 
 def close_cp(run, tuned):
-    """Measure the base, the best and the last model on the test groups: table, samples, warnings."""
+    """Measure the base, the best and the last model on the test groups. Returns (summary, lines to print): table,
+    samples, warnings."""
     c, columns, shown = run.config, {}, {}
     for title, model in (("base", run.base), ("tuned", tuned), ("last", run.model)):
         if title != "last" or run.best["step"] != c.max_steps:
             seed = c.seed + 1  # not the validation's random numbers
             measured = measure_model(model, run.base, run.groups["test"], run.setup, c, CLOSING, seed)
             columns[title], shown[title] = measured
-    print(f"toxic: {c.scorer} > 0.5 | more, with intervals: python eval.py --ckpt={run.out / 'best.pt'}\n")
     sizes = dict(groups=f"{len(run.groups['test'])}", free=f"{CLOSING}", prompted=f"{CLOSING} x 1")
-    print(report.closing_table(columns, sizes))
-    print(report.format_samples(shown))
-    summary = {title: report.flat(places) for title, places in columns.items()}
-    told = []
+    more = f"python eval.py --ckpt={shlex.quote(str(run.out / 'best.pt'))}"
+    lines = [f"toxic: {c.scorer} > 0.5 | more, with intervals: {more}\n"]
+    lines += [report.closing_table(columns, sizes), report.format_samples(shown)]
+    summary, told = {title: report.flat(places) for title, places in columns.items()}, []
     for title in [t for t in columns if t != "base"]:
         told += [f"{title}: {w}" for w in report.warnings(summary[title], summary["base"])]
-    for w in told:
-        print("\n" + report.wrap(f"WARNING {w}"))
-    return summary | dict(warnings=told)
+    lines += ["\n" + report.wrap(f"WARNING {w}") for w in told]
+    return summary | dict(warnings=told), lines
 
 
 def close_lm(run, tuned):
-    """Validation perplexity before and after, and three samples."""
+    """Validation perplexity before and after, and three samples. Returns (summary, lines to print)."""
     nll = dict(base=run.base_measures["val_nll"], tuned=run.best["cost"])
     summary = {title: dict(val_nll=x, val_ppl=math.exp(x)) for title, x in nll.items()}
-    print("validation perplexity: base {base[val_ppl]:.2f}, tuned {tuned[val_ppl]:.2f}\n".format(**summary))
+    lines = ["validation perplexity: base {base[val_ppl]:.2f}, tuned {tuned[val_ppl]:.2f}\n".format(**summary)]
     _, rows = continue_prompts(tuned, run.setup.tokenizer, [""] * 3, run.config, run.config.seed + 1)
-    for (row,) in rows:
-        print(report.wrap(decode(run.setup.tokenizer, row), "  | "))
-    return summary
+    return summary, lines + [report.wrap(decode(run.setup.tokenizer, row), "  | ") for (row,) in rows]
 
 
 def train(config):
     """Run one experiment. Returns its summary, or None if Ctrl-C ended it early."""
     began = time.time()
-    run = set_up(config)
-    if fit(run):
-        return close(run, began)
+    with held(config.out_dir):
+        run = set_up(config)
+        if fit(run):
+            return close(run, began)
     print(f"\nstopped before step {run.step}; {run.out / 'last.pt'} is saved: the same command with --resume goes on")
     return None
 
 
 def main(argv=None):
-    config = load_config("train", argv)
     with one_line_errors("train.py", "what was saved last is whole"):  # outside the loop, or a second Ctrl-C in it
-        if train(config) is None:
+        if train(load_config("train", argv)) is None:
             sys.exit(130)
 
 

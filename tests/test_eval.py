@@ -962,11 +962,11 @@ def test_a_model_against_itself_differs_in_nothing(run):
     ],
 )
 def test_prompt_files_of_three_forms(run, tmp_path, lines, places):
-    path = tmp_path / "mine.jsonl"
+    path = tmp_path / ("mine.jsonl" if lines[0] == "{" else "mine.txt")
     path.write_text(lines)
     measured = run("--parts=diversity", f"--prompts={path}")["measures"]
     assert {place: ms["dist_1"]["n"] for place, ms in measured.items() if "mine" in place} == {
-        f"mine.jsonl, {kind}": n for kind, n in places.items()
+        f"{path.name}, {kind}": n for kind, n in places.items()
     }
 
 
@@ -976,7 +976,7 @@ def test_n_prompts_chooses_by_seed_and_0_takes_all(run, tmp_path):
     chosen = []
     for more in ("--n_prompts=3", "--n_prompts=3", "--seed=1", "--n_prompts=0"):
         settings = load_config("eval", [*run.flags, f"--prompts={path}", more])
-        sets = evaluation.prompt_sets(evaluation.open_evaluation(settings))
+        sets = evaluation.prompt_sets(evaluation.open_evaluation(settings, *evaluation.find_models(settings)))
         chosen.append(sets["p.txt, unmarked"])
     assert chosen[0] == chosen[1] != chosen[2] and len(chosen[0]) == 3 and len(set(chosen[3])) == 30
     assert len(sets["prompted"]) > 3 and set(chosen[0]) <= set(chosen[3])
@@ -1045,13 +1045,57 @@ def test_a_model_from_scratch_needs_a_base(trained):
 
 
 def test_a_base_that_a_config_would_make_is_named(run, tmp_path):
-    """The checkpoint was tuned from a config's model, which is gone: which command makes it."""
+    """The checkpoint was tuned from a config's model, which is gone: which command makes it. The user's own config
+    says so too, so its code is run."""
     recipe = a_file(tmp_path, "recipe.py", f"out_dir = {str(tmp_path / 'gone')!r}\n")
-    saved = torch.load(run.out / "best.pt", weights_only=True)
-    saved["config"]["init_from"] = str(recipe)
-    torch.save(saved, run.out / "best.pt")
-    said = failure(*run.flags)
+    names(run, init_from=str(recipe))
+    mine = a_file(tmp_path, "mine.py", f"from configs.toy_cp import *\ninit_from = {str(recipe)!r}\n")
+    said = failure(str(mine), *run.flags[1:])
     assert f"{tmp_path / 'gone/best.pt'}, is missing: python train.py {recipe} makes it" in said
+
+
+def names(run, **settings):
+    """Change what the checkpoint says of itself."""
+    saved = torch.load(run.out / "best.pt", weights_only=True)
+    saved["config"] |= settings
+    torch.save(saved, run.out / "best.pt")
+
+
+@pytest.mark.parametrize("flags", [TOY_CP, ""])
+def test_a_checkpoint_cannot_have_code_run(run, few, tmp_path, monkeypatch, capsys, flags):
+    """A downloaded best.pt that names a config as its base, or a module as its scorer, which lies beside it."""
+    monkeypatch.chdir(tmp_path)
+    code = f"open({str(tmp_path / 'ran')!r}, 'w')\nout_dir = 'x'\nf = len\n"
+    a_file(tmp_path, "evil.py", code)
+    where = [f"--ckpt={run.out / 'best.pt'}", f"--data={few}", *([flags] if flags else [])]
+    for base in ("evil.py", str(tmp_path / "evil.py"), "configs/../evil.py"):
+        names(run, init_from=base)
+        assert f"names {base} as its base, and that code is not run unasked: give --base" in failure(*where)
+    names(run, init_from="gpt2", scorer="evil:f", plot="stolen.png", export="stolen", out_dir="stolen")
+    if not flags:
+        with pytest.raises(SystemExit) as e:
+            evaluation.main(where)
+        said = "names the scorer 'evil:f', which is not imported unasked: give --scorer"
+        assert e.value.code == 2 and said in capsys.readouterr().err
+    evaluation.main([*where, "--scorer=data.toy:rudeness", f"--base={run.out / 'best.pt'}", "--parts=scores"])
+    assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("stolen*")) and (run.out / "eval.json").is_file()
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace("0.", "1."), lambda text: "[]"])
+def test_a_damaged_step_is_measured_again(run, counted, capsys, damage):
+    """Cut, altered or another file: said by name, and computed anew. Nothing of it gets into a table."""
+    before = run("--parts=scores")["measures"]
+    file = run.out / "eval" / "scores.tuned.json"
+    text = file.read_text()
+    file.write_text(damage(text))
+    counted.take()
+    assert run("--parts=scores")["measures"] == before and counted.take() == ["measure_groups"]
+    assert f"{file}: " in capsys.readouterr().out and file.read_text() == text
+
+
+def test_a_damaged_summary_is_found_before_anything_is_measured(run, counted):
+    (run.out / "summary.json").write_text("{")
+    assert f"{run.out / 'summary.json'}: not JSON" in failure(*run.flags) and not counted
 
 
 def test_a_checkpoint_without_settings_is_one_line(run):

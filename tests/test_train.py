@@ -167,7 +167,9 @@ def test_resume_is_exact(base, tmp_path, lr, stop, best):
     assert_same(whole["model"], parts["model"])
     for i, s in whole["optimizer"]["state"].items():
         assert_same(s, parts["optimizer"]["state"][i])
-    assert whole["best"] == parts["best"] and whole["best"]["step"] == best
+    whole, parts = (state(tmp_path / n / "best.pt") for n in ("whole", "parts"))
+    assert_same(whole["model"], parts["model"])
+    assert whole["cost"] == parts["cost"] and whole["step"] == parts["step"] == best
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
 
 
@@ -191,10 +193,117 @@ def test_ctrl_c_saves_and_resume_ends_as_if_nothing_had_happened(base, tmp_path)
     assert 0 < stopped < 40 and not (parts / "summary.json").exists()
 
     again = subprocess.run([*command, f"--out_dir={parts}"], cwd=ROOT, capture_output=True, text=True)
-    assert again.returncode == 1 and f"unfinished run at step {stopped}" in again.stderr  # never overwritten unasked
+    assert (
+        again.returncode == 1 and "holds an unfinished run: add --resume" in again.stderr
+    )  # never overwritten unasked
     subprocess.run([*command, f"--out_dir={parts}", "--resume"], cwd=ROOT, check=True, capture_output=True)
     assert_same(state(tmp_path / "whole/last.pt")["model"], state(parts / "last.pt")["model"])
     assert records(tmp_path / "whole") == records(parts)
+
+
+@pytest.fixture(scope="module")
+def stopped(base, tmp_path_factory):
+    """The folder of a run stopped at step 4, whose best step was 3."""
+    out = tmp_path_factory.mktemp("stopped") / "run"
+    stop_after(4, cp_config(base, out))
+    return out
+
+
+def wider(saved):
+    """The same with another model's tensors."""
+    saved["model"] = GPT(GPTConfig(468, 128, 32, 1, 2)).state_dict()
+    saved["model_config"] |= dict(n_embd=32)
+
+
+def no_moments(saved):
+    saved["optimizer"]["state"][1]["exp_avg"] = torch.zeros(3)
+
+
+@pytest.mark.parametrize(
+    ("change", "flags", "says"),
+    [
+        (None, ["--max_steps=3"], "last.pt is at step 4, beyond --max_steps=3: give more"),
+        (None, ["--tau=7"], "last.pt was made with --tau=0.2: give the same with --resume, or another --out_dir"),
+        (None, ["--seed=1", "--kl_weight=1"], "last.pt was made with --seed=0, --kl_weight=0.0: give the same"),
+        (wider, [], "last.pt is a model of another size: give the --init_from that this run began with"),
+        (no_moments, [], "last.pt is damaged, its optimizer's state is not this model's"),
+        (
+            lambda saved: saved.pop("optimizer"),
+            [],
+            "last.pt has no usable 'optimizer', so it is not what",
+        ),
+        (lambda saved: saved.update(step="4"), [], "last.pt: step wants a whole number of at least 0, got '4'"),
+        (lambda saved: saved.update(best=3), [], "last.pt has no usable 'best'"),
+        (lambda saved: saved["optimizer"].update(state=[]), [], "its optimizer's state is not this model's"),
+        ("best.pt is missing", [], "no checkpoint at"),
+        ("best.pt is last.pt", [], "last.pt has no usable 'optimizer'"),
+        ("best.pt of a later step", [], "best.pt is not this run's, by its cost and step"),
+        ("cut", [], "last.pt cannot be read"),
+        ("nothing", [], "nothing to resume, there is no"),
+    ],
+)
+def test_resume_checks_what_it_finds(base, stopped, tmp_path, change, flags, says):
+    """Before anything is computed, in one line; and what is there stays as it is."""
+    out = shutil.copytree(stopped, tmp_path / "run")
+    best, last = out / "best.pt", out / "last.pt"
+    if callable(change):
+        change(saved := state(last))
+        torch.save(saved, last)
+    elif change == "best.pt is missing":
+        best.unlink()
+    elif change == "best.pt is last.pt":
+        shutil.copy(best, last)
+    elif change == "best.pt of a later step":
+        torch.save(state(best) | dict(step=5), best)
+    elif change == "cut":
+        last.write_bytes(last.read_bytes()[:5000])
+    elif change == "nothing":
+        last.unlink()
+    before = {p: p.read_bytes() for p in out.iterdir() if p.name != ".lock"}
+    with pytest.raises((ValueError, FileNotFoundError)) as e:
+        train.train(cp_config(base, out, "--resume", *flags))
+    assert says in str(e.value) and "\n" not in str(e.value)
+    assert {p: p.read_bytes() for p in out.iterdir() if p.name != ".lock"} == before
+
+
+def test_what_a_resumed_run_may_change(base, stopped, tmp_path, capsys):
+    """How it is optimised from here on: said, and done."""
+    out = shutil.copytree(stopped, tmp_path / "run")
+    train.train(cp_config(base, out, "--resume", "--max_steps=5", "--lr=1e-5", "--weight_decay=0.1"))
+    assert "from step 4, with another max_steps, lr, weight_decay" in capsys.readouterr().out
+    saved = state(out / "last.pt")
+    assert saved["step"] == 5 and saved["optimizer"]["param_groups"][0]["weight_decay"] == 0.1
+
+
+def test_a_failing_scorer_costs_no_training(base, tmp_path, monkeypatch):
+    """What a scorer raises in the last validation ends the run, and the steps before it are kept."""
+    out, calls = tmp_path / "run", []
+
+    def failing(texts):
+        calls.append(1)
+        if (out / "last.pt").is_file() and state(out / "last.pt")["step"] == 6:
+            raise OSError("the service is down")
+        return np.zeros(len(texts))
+
+    monkeypatch.setattr("data.toy.rudeness", failing)
+    with pytest.raises(ValueError, match="the service is down"):
+        train.train(cp_config(base, out))
+    monkeypatch.undo()
+    assert state(out / "last.pt")["step"] == 6 and calls
+
+
+def test_results_are_written_before_they_are_printed(base, tmp_path, monkeypatch):
+    """An output that fails (a closed pipe, say) costs the words, not the numbers."""
+
+    def broken(*_):
+        raise BrokenPipeError("pipe")
+
+    monkeypatch.setattr(report, "closing_table", lambda *_: "TABLE")
+    printed = __builtins__["print"] if isinstance(__builtins__, dict) else __builtins__.print
+    monkeypatch.setattr("builtins.print", lambda *a, **k: broken() if "TABLE" in str(a) else printed(*a, **k))
+    with pytest.raises(BrokenPipeError):
+        train.train(cp_config(base, tmp_path / "run"))
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["best_step"]
 
 
 def test_two_half_batches_make_the_same_step_as_a_whole_one(base, tmp_path):
@@ -494,7 +603,7 @@ def test_gpt2_without_network_stops_within_seconds(tmp_path):
         (["--data=nowhere.jsonl"], "no group file at nowhere.jsonl"),
         (["--n_pos=9"], "has 8 positives and 8 negatives, wanted 9"),
         (["--scorer=nowhere:f"], "cannot be loaded"),
-        (["--resume"], "no checkpoint at"),
+        (["--resume"], "nothing to resume, there is no"),
     ],
 )
 def test_bad_input_is_one_line(base, tmp_path, flags, words):

@@ -1,0 +1,57 @@
+"""What train.py saves to go on from: read and checked before anything is computed."""
+
+import math
+import shlex
+from pathlib import Path
+
+import torch
+
+from engine.weights import load_checkpoint
+
+
+def load_last(path):
+    """The content of a last.pt, with cost and step of the best.pt beside it as "best". Raises FileNotFoundError or
+    ValueError with one line if it cannot be gone on from."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"nothing to resume, there is no {path}: leave --resume out, or check --out_dir")
+    saved = load_checkpoint(path)
+    kinds = dict(step=int, config=dict, optimizer=dict, scaler=dict, best=dict | None)
+    if wrong := [k for k, kind in kinds.items() if k not in saved or not isinstance(saved[k], kind)]:
+        raise ValueError(
+            f"{path} has no usable {wrong[0]!r}, so it is not what train.py saves to go on from: start in another "
+            f"--out_dir, from these weights with --init_from={shlex.quote(str(path))}"
+        )
+    file = path.with_name("best.pt")
+    if saved["best"] or file.is_file():  # of an earlier validation, or of this very step's: then a kill came after it
+        best = load_checkpoint(file)
+        if not isinstance(best.get("cost"), float) or best.get("step", math.inf) > saved["step"]:
+            raise ValueError(f"{file} is not this run's, by its cost and step: start in another --out_dir")
+        saved["best"] = dict(cost=best["cost"], step=best["step"])
+    return saved
+
+
+def restore(model, optimizer, scaler, saved, path):
+    """Put a saved state into a model, its AdamW and its scaler, whose settings (lr, weight decay, ...) stay. Raises
+    ValueError with one line if it is that of another model."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    moments, mine = saved["optimizer"].get("state"), model.state_dict()
+    if {k: v.shape for k, v in saved["model"].items()} != {k: v.shape for k, v in mine.items()}:
+        raise ValueError(f"{path} is a model of another size: give the --init_from that this run began with")
+    fits = isinstance(moments, dict) and set(moments) in (set(), set(range(len(params))))
+    if not (fits and all(_fits(moments[i], params[i]) for i in moments)):
+        raise ValueError(f"{path} is damaged, its optimizer's state is not this model's: start in another --out_dir")
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
+    if saved["scaler"].keys() == scaler.state_dict().keys():  # not if the run goes on in another dtype
+        scaler.load_state_dict(saved["scaler"])
+
+
+def _fits(moments, p):
+    """Whether these are AdamW's moments of a parameter."""
+    shapes = dict(step=(), exp_avg=p.shape, exp_avg_sq=p.shape)
+    found = [moments.get(key) if isinstance(moments, dict) else None for key in shapes]
+    return all(
+        isinstance(x, torch.Tensor) and x.shape == shape and x.is_floating_point()
+        for x, shape in zip(found, shapes.values(), strict=True)
+    )
