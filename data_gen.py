@@ -18,6 +18,7 @@ from configs import before_torch, find, load_config, one_line_errors
 if __name__ == "__main__":
     before_torch("data_gen", __doc__)
 
+import json
 import math
 import time
 import zlib
@@ -39,6 +40,8 @@ from measures.statistics import jaccard, rouge_l
 from train import starting_model
 
 SIDES = ("positive", "negative")
+LOOSER = {"too short": "lower --min_length", "too long": "raise --max_length", "off topic": "lower --min_overlap"}
+LOOSER |= {"copy": "raise --max_overlap", "too toxic": "raise --max_toxicity", "not toxic": "lower --min_toxicity"}
 SURPLUS = 2  # sampling for a prompt stops at SURPLUS times the wanted number, so that there is a choice
 MAX_JACCARD = 0.8  # of the words of two paraphrases in a group; more is a near-duplicate
 DEALT = ("train",) * 7 + ("val",) + ("test",) * 2  # splits of seeds that have none of their own, in turn
@@ -50,7 +53,7 @@ DEALT = ("train",) * 7 + ("val",) + ("test",) * 2  # splits of seeds that have n
 def form_filter(text, closed, templates):
     """One whole sentence, closed by the model, and nothing of the prompts in it."""
     if not closed or not text:
-        return "empty" if closed else "not closed"
+        return "empty" if closed else "no closing mark"
     if any(word in text for t in templates for word in t.split() if word.endswith(":")):
         return "holds prompt text"
     inner = text.rstrip("\"')]")
@@ -190,7 +193,12 @@ def log_record(sampler, seed):
         texts = dict(positives=[s.pop("text") for s in positives], negatives=[s.pop("text") for s in negatives])
         sampling = dict(seed=c.seed, model=c.init_from, positives=positives, negatives=negatives)
         record["group"] = dict(id=seed.id, input=seed.text, **texts, split=seed.split, sampling=sampling)
-    return record
+    return with_sum(record)
+
+
+def with_sum(record):
+    """A record and the CRC-32 of it: a resumed run builds on what the log says."""
+    return record | dict(crc32=zlib.crc32(json.dumps(record, sort_keys=True).encode()))
 
 
 # ---- seeds and demonstrations --------------------------------------------------------------------------------------
@@ -198,18 +206,19 @@ def log_record(sampler, seed):
 
 def read_seeds(config):
     """([Seed], number of repeats) of a text file, a group file (which gives id and split) or the toy world."""
-    path = Path(config.seeds)
+    path, hint = Path(config.seeds), "give a text with one sentence a line, or a group file"
     if config.seeds == "toy":
         found = [(f"toy-seed-{i:04d}", text, DEALT[i % 10]) for i, text in enumerate(data.toy.seeds())]
     elif not config.seeds:
-        raise ValueError("no seeds: give --seeds=FILE, a text file with one sentence a line or a group file")
+        raise ValueError(f"no seeds: {hint}, as --seeds=FILE")
     elif path.suffix.lower() in (".jsonl", ".json"):
-        found = [(g.id, g.input, g.split) for g in data.read_groups(find(path))]
+        found = [(g.id, g.input, g.split) for g in data.read_groups(find(path), "seeds")]
     else:
-        lines = [(n, line) for n, line in enumerate(data.read_text(find(path)).split("\n"), 1) if line.strip()]
+        lines = enumerate(data.read_text(find(path), "text file", hint).split("\n"), 1)
+        lines = [(n, line) for n, line in lines if line.strip()]
         found = [(f"{path.stem}-{n:04d}", line, DEALT[i % 10]) for i, (n, line) in enumerate(lines)]
     if not found:
-        raise ValueError(f"{config.seeds} holds no sentence: one a line is wanted")
+        raise ValueError(f"{config.seeds} holds no sentence: {hint}")
     seeds = {}
     for name, text, split in found:
         seeds.setdefault(unquoted(text).lower(), Seed(name, unquoted(text), split))
@@ -218,9 +227,9 @@ def read_seeds(config):
 
 def draw_demonstrations(config, seeds):
     """({side: text}, inputs shown): the same groups for both prompts. Those whose input is a seed come last."""
-    groups = data.load_groups(config.demos)["train"]
+    groups = data.load_groups(config.demos, "demos")["train"]
     if len(groups) < config.shots:
-        raise ValueError(f"{config.demos} has {len(groups)} groups of split train, wanted --shots={config.shots}")
+        raise ValueError(f"{config.demos} has {len(groups)} groups of split train: lower --shots={config.shots}")
     rng, texts = np.random.default_rng([config.seed, 8]), {s.text for s in seeds}
     order = sorted(rng.permutation(len(groups)), key=lambda i: unquoted(groups[i].input) in texts)
     shown = [groups[i] for i in order[: config.shots]]
@@ -257,8 +266,10 @@ def open_log(path, config, seeds):
     first["seeds"] += f", crc32 {zlib.crc32(repr([(s.id, s.text, s.split) for s in seeds]).encode())}"
     log = Log(path)
     before, *records = log.records or [first]
-    if names := ", ".join(k for k in first if before.get(k) != first[k]):
-        raise ValueError(f"{path} was made with another {names}: give another --out_dir, or delete both files")
+    if damaged := [r.get("id") for r in records if r != with_sum({k: v for k, v in r.items() if k != "crc32"})]:
+        raise ValueError(f"{path}: the record of {damaged[0]} is damaged: give another --out_dir")
+    if others := ", ".join(f"{k} ({before.get(k)!r})" for k in first if before.get(k) != first[k]):
+        raise ValueError(f"{path} was made with another {others}: give the same, or another --out_dir")
     whole = records if len(records) == len(seeds) else records[: len(records) // config.batch_size * config.batch_size]
     log.rewrite([first, *whole])
     return log
@@ -272,7 +283,7 @@ def generate_groups(config):
     if there and not config.resume:
         raise ValueError(f"{there[0]} exists: add --resume to go on with it, or give another --out_dir, or delete it")
     if there == [groups_file]:
-        raise ValueError(f"{groups_file} cannot go on without its log: give another --out_dir, or delete it")
+        raise ValueError(f"{log_file} is missing, without which {groups_file} cannot go on: give another --out_dir")
     seeds, repeats = read_seeds(config)
     sampler = Sampler(config, seeds)
     seeds, left_out = usable_seeds(sampler, seeds)
@@ -309,7 +320,7 @@ def nothing_accepted(records):
     for side in SIDES:
         if not (count := count_outcomes(records, side))["accepted"]:
             why = ", ".join(f"{n} {reason}" for reason, n in count.most_common(3))
-            advice = "loosen the filter that says so (--help), give more --shots, or a better model as --init_from"
+            advice = LOOSER.get(max(count, key=count.get, default=""), "give more --shots, or a better --init_from")
             return f"none of {count.total()} samples became a {side} ({why}): {advice}"
 
 

@@ -18,6 +18,7 @@ from configs import (
     SETTINGS,
     Config,
     before_torch,
+    check_value,
     find,
     load_config,
     one_line,
@@ -46,7 +47,7 @@ from tqdm import tqdm
 import data
 from data.prompts import read_prompts
 from engine.run import Log, atomic_write, held, read_json, read_records, versions, write_json
-from engine.weights import load_checkpoint
+from engine.weights import PUBLISHED, load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
 from measures.groups import frames, measure_groups
 from measures.report import MEASURES
@@ -222,16 +223,14 @@ def cached(path, key, compute):
     """(compute(), False), or (what an earlier call left at `path` for the same key, True). Arrays become lists."""
     if path.is_file():
         try:
-            saved = read_json(path)
-            if saved["value_sha256"] != sha256(saved["value"]):
-                raise ValueError(f"{path}: its value is not what was written")
-        except (ValueError, KeyError) as e:
-            print(f"{one_line(e)}: damaged, so it is measured again")
-        else:
-            if saved["key"] == key:
-                return saved["value"], True
+            saved = read_json(path, "measured again")
+        except ValueError as e:
+            print(one_line(e))
+            saved = {}
+        if saved.get("key") == sha256([key, saved.get("value")]):  # so an altered value does not count either
+            return saved["value"], True
     value = json.loads(json.dumps(compute(), default=np.ndarray.tolist))
-    atomic_write(path, json.dumps(dict(key=key, value=value, value_sha256=sha256(value))))
+    atomic_write(path, json.dumps(dict(key=sha256([key, value]), value=value)))
     return value, False
 
 
@@ -258,11 +257,13 @@ def find_models(config):
     if base.endswith(".py"):
         path = find(base)
         if not ships(base) and base != config.init_from:  # unless the user's own config says the same
-            raise ValueError(f"{ckpt} names {base} as its base, and that code is not run unasked: give --base")
+            raise ValueError(f"{ckpt} names {base} as its base, code that is not run unasked: give its model as --base")
         base = Path(read_config_file(path).get("out_dir", SETTINGS["out_dir"].default)) / "best.pt"
         if not base.is_file():
             command = f"python train.py {shlex.quote(str(path))}"
             raise FileNotFoundError(f"the base, {base}, is missing: {command} makes it, or give --base")
+    elif base not in PUBLISHED and not find(base).exists():
+        raise FileNotFoundError(f"{ckpt} was tuned from {base}, which is not there: give its place as --base")
     return str(ckpt), str(base), out
 
 
@@ -296,7 +297,7 @@ def open_evaluation(config, ckpt, base, out):
     print(f"results      {out}/eval.json; finished steps are kept in {out}/eval\n")
     needy = [p for p in ("scores", "rewriting", "drift") if p in parts and not (p == "drift" and config.text)]
     if needy and not groups["test"]:
-        raise ValueError(f"{config.data} has no test groups, which {' and '.join(needy)} need: choose other --parts")
+        raise ValueError(f"{config.data} has no test groups, which {', '.join(needy)} need: add some or choose --parts")
     for part, wanted, flag in (("utility", config.tasks, "tasks"), ("fluency", config.text, "text")):
         if part in parts and not wanted:
             print(f"{part}: no {flag.removesuffix('s')} file to measure, see --{flag} in --help")
@@ -313,8 +314,8 @@ def evaluate_run(config, command):
         result = write_results(ev, command, began)
     if config.plot:
         report.plot_scores({side: places["groups"]["auc"] for side, places in ev.measured.items()}, config.plot)
-        if (out / "log.jsonl").is_file():
-            records = [record for _, record in read_records(out / "log.jsonl", cut=True)]
+        if (log := out / "log.jsonl").is_file():
+            records = [record for _, record in read_records(log, hint="take that line out", cut=True)]
             report.plot_curves(records, Path(config.plot).with_suffix("").as_posix() + "-curves.png")
     return result
 
@@ -414,17 +415,18 @@ def continue_prompt(config):
 def rewrite_file(config):
     """--rewrite=FILE: a polite version of each line by the tuned model, into rewritten.txt (line by line as in FILE; an
     empty line where there is no answer) and, with toxicity and overlap, rewritten.jsonl. An interrupted run goes on."""
-    lines, n = data.read_text(find(config.rewrite)).removesuffix("\n").split("\n"), 32
+    hint, n = "give a text, line by line", 32
+    lines = data.read_text(find(config.rewrite), "text file", hint).removesuffix("\n").split("\n")
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
-        raise ValueError(f"{config.rewrite} holds no text")
+        raise ValueError(f"{config.rewrite} holds no text: {hint}")
     ckpt, out = tuned_checkpoint(config)
     setup, groups = open_setup(config, {"tuned": ckpt}), data.load_groups(config.data)["train"]
     model, scorer = setup.models["tuned"], setup.scorer
     how = [config.shots, config.positive_prompt, config.temperature, config.top_p, config.seed, str(setup.dtype)]
     run = sha256([sha256(model), texts, *how, scorer.name, scorer.hash, [vars(g) for g in groups]])
     with held(out, others=True), tqdm(total=len(texts), desc="rewriting", delay=1) as bar:
-        log = Log(out / "rewritten.jsonl", keep=lambda record: record["run"] == run)
+        log = Log(out / "rewritten.jsonl", lambda r: r["run"] == run, hint="delete this file, it is made again")
         log.rewrite(log.records[: len(log.records) // n * n])
         bar.update(len(log.records))
         for i in range(len(log.records), len(texts), n):
@@ -499,7 +501,10 @@ def saved_settings(flags):
         raise ValueError(f"{ckpt} names the scorer {saved['scorer']!r}, which is not imported unasked: give --scorer")
     if not ships(str(saved.get("init_from", ""))):
         del saved["init_from"]
-    return {k: v for k, v in saved.items() if k in SETTINGS and k not in UNTRUSTED}
+    try:
+        return {k: check_value(k, v) for k, v in saved.items() if k in SETTINGS and k not in UNTRUSTED}
+    except ValueError as e:
+        raise ValueError(f"{ckpt}: {e}: give another checkpoint, or a config as well") from e
 
 
 def main(argv=None):

@@ -67,6 +67,7 @@ class Run:
     batches: data.Batches
     held_out: list  # groups (cp) or token lists (lm) of the validation
     groups: dict  # by split; test is for the closing table. Empty for lm
+    log: Log = None  # log.jsonl
     step: int = 0  # the next one to be done
     base_measures: dict = None  # of the base, on the validation
     best: dict = None  # cost and step of best.pt
@@ -127,7 +128,6 @@ def learning_rate(step, config):
 def fit(run):
     """The training loop. Returns True, or False if Ctrl-C ended it early (then last.pt holds that step)."""
     config, run.base_measures = run.config, validate(run, run.base)
-    log = Log(run.out / "log.jsonl", keep=lambda record: record["step"] < run.step)  # later ones are made again
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True)
     with bar, first_interrupt() as stop:
         while True:
@@ -140,7 +140,7 @@ def fit(run):
             if due:
                 m = run.base_measures if step == 0 else validate(run, run.model)
                 cost = m["val_nll"] if config.objective == "lm" else report.selection_cost(m, run.base_measures)
-                log.write(dict(step=step, split="val", cost=cost, **m))
+                run.log.write(dict(step=step, split="val", cost=cost, **m))
                 bar.write(validation_line(step, cost, m))
                 if step and (run.best is None or cost < run.best["cost"]):
                     run.best = {"cost": cost, "step": step}
@@ -158,7 +158,7 @@ def fit(run):
             # ---- log
             tokens = sum(b.tokens for b in batches)
             run.tokens, run.seconds = run.tokens + tokens, run.seconds + time.perf_counter() - start
-            log.write(dict(step=step, split="train", **record, lr=learning_rate(step, config), tokens=tokens))
+            run.log.write(dict(step=step, split="train", **record, lr=learning_rate(step, config), tokens=tokens))
             shown = {k: f"{record[k]:.3f}" for k in ("loss", "nll", "signed_gap") if k in record}
             bar.set_postfix(shown | {"tok/s": f"{run.tokens / run.seconds:,.0f}"}, refresh=False)
             bar.update()
@@ -196,9 +196,12 @@ def update(run, batches, lr):
 def stop_unless_finite(what, value, run, batches):
     if not math.isfinite(value):
         ids = ", ".join(i for b in batches for i in b.ids)
+        where = f"{what} is {value} at step {run.step}, in {ids}"
+        if run.step == 0 and run.config.init_from != "scratch":
+            raise FloatingPointError(f"{where}: {run.config.init_from} may hold NaNs: try another --init_from")
         raise FloatingPointError(
-            f"{what} is {value} at step {run.step}, in {ids}. The last checkpoint, {run.out / 'last.pt'}, is from "
-            "before: look at these sentences, or --resume with a smaller --lr"
+            f"{where}. The last checkpoint, {run.out / 'last.pt'}, is from before: look at these sentences, or "
+            "--resume with a smaller --lr"
         )
 
 
@@ -250,14 +253,12 @@ def trained_by(path, config):
     Raises ValueError if the folder holds the run of other settings.
     """
     machine = [f"--{name}={getattr(config, name)}" for name in ("device", "dtype", "compile")]
-    wanted = load_config("train", [path, *machine])
+    wanted = load_config("train", [path, *machine], said=f"--init_from={path}: ")
     out = Path(wanted.out_dir)
     if (out / "config.json").is_file():
-        if names := differing_settings(wanted, read_json(out / "config.json")):
-            raise ValueError(
-                f"{out} was made with another {', '.join(names)} than {path} says: delete that folder, or name its "
-                f"checkpoint, --init_from={shlex.quote(str(out / 'best.pt'))}"
-            )
+        hint = f"delete that folder, or name its checkpoint, --init_from={shlex.quote(str(out / 'best.pt'))}"
+        if names := differing_settings(wanted, read_json(out / "config.json", hint)):
+            raise ValueError(f"{out} was made with another {', '.join(names)} than {path} says: {hint}")
         if (out / "summary.json").is_file() and (out / "best.pt").is_file():
             return str(out / "best.pt")
         wanted.resume = (out / "last.pt").is_file()
@@ -288,6 +289,8 @@ def set_up(config):
     if saved:
         restore(model, run.optimizer, scaler, saved, out / "last.pt")
         run.step, run.best = saved["step"], saved["best"]
+        hint = "take that line out (only figures need it), or give another --out_dir"
+        run.log = Log(out / "log.jsonl", lambda r: r["step"] < run.step, hint=hint)  # later ones are made again
         names = differing_settings(config, saved["config"])
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(names)}" if names else ""))
 
@@ -295,8 +298,9 @@ def set_up(config):
     for name in ("summary.json", "eval.json") if saved else ("last.pt", "summary.json", "eval.json"):
         (out / name).unlink(missing_ok=True)
     write_json(out / "config.json", asdict(config))
-    for name in () if saved else ("best.pt", "log.jsonl"):
-        (out / name).unlink(missing_ok=True)
+    if not saved:
+        (out / "best.pt").unlink(missing_ok=True)
+        run.log = Log(out / "log.jsonl", records=[])
     compiled = try_compile(run)
     some = [batches[i] for i in range(5)]
     tokens = sum(b.tokens for b in some) / len(some) * config.grad_accum
@@ -317,7 +321,7 @@ def resume_state(config):
         saved = load_last(last)
         check_resumable(config, saved["config"], last)
         if saved["step"] > config.max_steps:
-            raise ValueError(f"{last} is at step {saved['step']}, beyond --max_steps={config.max_steps}: give more")
+            raise ValueError(f"{last} is at step {saved['step']}, beyond --max_steps={config.max_steps}: raise it")
         return saved
     if (out / "summary.json").is_file():
         print(f"{out} holds a finished run, which this one replaces")
@@ -339,7 +343,7 @@ def open_data(config, tokenizer, n_positions):
     else:
         groups = data.load_groups(config.data)
         if missing := [s for s in data.SPLITS if not groups[s]]:
-            raise ValueError(f"{config.data} has no groups of split {missing[0]!r}: training needs train, val and test")
+            raise ValueError(f"{config.data} has no groups of split {missing[0]!r}, which training needs: add some")
         data.check_sizes(groups["train"], config.n_pos, config.n_neg)
         sizes = (config.n_pos, config.n_neg)
         batches = data.Batches(groups["train"], tokenizer, config.batch_size, config.seed, max_tokens, *sizes)

@@ -17,6 +17,7 @@ import re
 import shlex
 import sys
 import textwrap
+import traceback
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import partial
@@ -154,15 +155,16 @@ class Config:
         for name in ("positive_prompt", "negative_prompt"):
             value = getattr(self, name).replace("\\n", "\n")  # as one writes it in a flag
             if not re.fullmatch(r"[^{}]*\{input\}[^{}]*\{output\}[^{}]+", value):
-                raise ValueError(f"{name} must hold {{input}}, then {{output}}, then a closing mark, got {value!r}")
+                wanted = f"{name} must hold {{input}}, then {{output}}, then a closing mark"
+                raise ValueError(f"{wanted}, as {SETTINGS[name].default!r} does, got {value!r:.60}")
             setattr(self, name, value)
         for low, high in (("min_length", "max_length"), ("min_overlap", "max_overlap")):
             if (a := getattr(self, low)) > (b := getattr(self, high)):
                 raise ValueError(f"{low}={a} is above {high}={b}: nothing could pass")
         if self.variant == "released" and self.distance == "signed":
-            raise ValueError("variant=released has no signed distance: leave distance=abs")
+            raise ValueError("variant=released works only with distance=abs: leave distance, or take variant=paper")
         if self.objective == "cp" and self.init_from == "scratch":
-            raise ValueError("objective=cp tunes a model that exists: init_from must name one, not 'scratch'")
+            raise ValueError("objective=cp tunes a model: init_from must name one, not 'scratch' (or --objective=lm)")
 
 
 SETTINGS = {f.name: f for f in fields(Config)}
@@ -183,12 +185,13 @@ def check_value(name, value, script=None):
     except (KeyError, ValueError, OverflowError):
         pass  # what is wrong with it is said below
     if type(value) is not wanted:
-        what = {bool: "True or False", int: "a whole number", float: "a number", str: "text"}[wanted]
-        raise ValueError(f"{name} wants {what}, got {original!r}")
+        most = f" of at most {LARGEST}" * str(original).isdigit()  # Python reads 4,300 digits
+        what = {bool: "True or False", int: "a whole number" + most, float: "a number", str: "text"}[wanted]
+        raise ValueError(f"{name} wants {what}, got {original!r:.60}")
     if m["among"] and value not in m["among"]:
-        near = difflib.get_close_matches(str(value), m["among"], 1)
+        near = ["cuda"] if value == "gpu" else difflib.get_close_matches(value, m["among"], 1)
         hint = f": did you mean {near[0]}?" if near else ""
-        raise ValueError(f"{name} wants one of {', '.join(m['among'])}, got {value!r}{hint}")
+        raise ValueError(f"{name} wants one of {', '.join(m['among'])}, got {value!r:.60}{hint}")
     if wanted is float and not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value}")
     if wanted is int and abs(value) > LARGEST:
@@ -197,7 +200,7 @@ def check_value(name, value, script=None):
         if m[limit] is not None and not holds(value, m[limit]):
             raise ValueError(f"{name} must be {rule} {m[limit]}, got {value}")
     if wanted is str and any("\ud800" <= c <= "\udfff" or c == "\0" for c in value):
-        raise ValueError(f"{name} wants text in UTF-8, got {value!r}")
+        raise ValueError(f"{name} wants text in UTF-8, got {value!r:.60}")
     return value
 
 
@@ -207,7 +210,7 @@ def unknown(key, script=None):
         scripts = " and ".join(f"{s}.py" for s in SETTINGS[key].metadata["scripts"])
         return ValueError(f"{key} is a setting of {scripts}, {script}.py does not read it")
     near = difflib.get_close_matches(key, SETTINGS, 1)
-    return ValueError(f"unknown setting {key!r}" + (f": did you mean {near[0]}?" if near else "; --help lists all"))
+    return ValueError(f"unknown setting {key!r:.60}: " + (f"did you mean {near[0]}?" if near else "--help lists all"))
 
 
 def find(path):
@@ -223,12 +226,15 @@ def read_config_file(path):
     """The settings that a config file assigns, as a dict. Raises FileNotFoundError or ValueError."""
     path = find(path)
     if path.suffix != ".py" or not path.is_file():
-        raise FileNotFoundError(f"no config file {str(path)!r}: for instance configs/toy_cp.py")
+        hint = "wanted a .py; --data= takes data, --init_from= a model" if path.exists() else "try configs/toy_cp.py"
+        raise FileNotFoundError(f"no config file {str(path)!r}: {hint}")
     names = {}
     try:
         exec(compile(path.read_bytes(), str(path), "exec"), names)
     except Exception as e:
-        raise ValueError(f"{path}: {type(e).__name__}: {e}") from e
+        lines = [str(frame.lineno) for frame in traceback.extract_tb(e.__traceback__) if frame.filename == str(path)]
+        hint = ": save it as UTF-8" if "'utf-8' codec" in str(e) else ""
+        raise ValueError(f"{':'.join([str(path), *lines[-1:]])}: {type(e).__name__}: {e}{hint}") from e
     names = {k: v for k, v in names.items() if not k.startswith("_") and not inspect.ismodule(v)}
     for key, value in names.items():
         try:
@@ -238,15 +244,16 @@ def read_config_file(path):
     return names
 
 
-def load_config(script, argv=None, start=None):
+def load_config(script, argv=None, start=None, said=""):
     """Settings from `[config.py] --key=value ...` (also `--key value`, and a bare `--key` for True), checked. Without a
     config file they start from start(flags), a dict, if that is given.
 
-    script: 'train', 'eval' or 'data_gen'. Prints one line and exits with 2 on bad input.
+    script: 'train', 'eval' or 'data_gen'. Prints one line, which begins with `said`, and exits with 2 on bad input.
     """
     parser = argparse.ArgumentParser(prog=f"{script}.py", allow_abbrev=False, add_help=False)
     parser.add_argument("config", nargs="?")
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {one_line(message)}\n")  # without the usage
+    value = lambda message: re.sub(r"argument (--\w+): expected one argument", r"\1 wants a value: \1=...", message)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {one_line(value(message))}\n")  # without the usage
     for name in SETTINGS:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -256,24 +263,27 @@ def load_config(script, argv=None, start=None):
         if word in bare and (after.startswith("--") or after.endswith(".py")):
             words[i] = f"{word}={bare[word]}"
     args, rest = parser.parse_known_args(words)
-    flags = vars(args)
-    path = flags.pop("config")
+    flags = {name: value if isinstance(value, str) else "--" for name, value in vars(args).items() if value is not None}
+    path = flags.pop("config", None)
     try:
         for word in rest:
             if word.startswith("--"):
                 raise unknown(word[2:].split("=")[0])
-            raise ValueError(f"{word!r} is neither a setting nor the one config file")
+            name = word.lstrip("-")
+            hint = f"did you mean --{name}?" if name.split("=")[0] in SETTINGS else f"that is {path}"
+            raise ValueError(f"{word!r:.60} is neither --name=value nor the one config file: {hint}")
         flags = {name: check_value(name, value, script) for name, value in flags.items()}
         if path:
             begin = read_config_file(path)
             other = "train" if script == "data_gen" else "data_gen"  # eval.py takes the configs of train.py
             if key := next((k for k in begin if SETTINGS[k].metadata["scripts"] == [other]), None):
-                raise ValueError(f"{path} is for {other}.py (it sets {key}): python {other}.py {path}")
+                hint = "it trains no model" if said else f"python {other}.py {path}"
+                raise ValueError(f"{path} is for {other}.py (it sets {key}): {hint}")
         else:
             begin = start(flags) if start else {}
         return Config(**(begin | flags))
     except (ValueError, OSError) as e:
-        parser.exit(2, f"{parser.prog}: {one_line(e)}\n")
+        parser.exit(2, f"{parser.prog}: {one_line(f'{said}{e}')}\n")
 
 
 def before_torch(script, doc):

@@ -39,7 +39,8 @@ def get_tokenizer(name):
     except OSError as e:  # requests' errors are OSErrors too
         raise ConnectionError(
             f"the {name} tokenizer's two files could not be fetched ({type(e).__name__}): set TIKTOKEN_CACHE_DIR to a "
-            "folder that holds them; configs/toy_cp.py needs no download"
+            "folder that holds vocab.bpe, named 6d1cbeee0f20b3d9449abfede4726ed8212e3aee, and encoder.json, named "
+            "6c7ea1a7e38e3a7f062df639a5b80947f075ffe6; configs/toy_cp.py needs no download"
         ) from e
 
 
@@ -64,9 +65,9 @@ def pad(sequences):
     return torch.tensor([[*s, *[0] * (T - len(s))] for s in sequences]), lengths
 
 
-def wrong(where, wanted, got):
+def wrong(where, wanted, got, hint=""):
     """The error of all readers: 'file:line: wanted ..., got ...', with the beginning of the value as JSON."""
-    return ValueError(f"{where}: wanted {wanted}, got {json.dumps(got, ensure_ascii=False)[:80]}")
+    return ValueError(f"{where}: wanted {wanted}, got {json.dumps(got, ensure_ascii=False)[:80]}" + hint)
 
 
 def is_score(x):
@@ -74,29 +75,30 @@ def is_score(x):
     return x is None or (type(x) in (int, float) and not (x < 0 or x > 1))  # the type of true is bool
 
 
-def read_groups(path):
+def read_groups(path, setting=""):
     """Groups from a file. Raises ValueError or FileNotFoundError naming file and line.
 
     Ours, JSON lines: {"id", "input", "positives": [...], "negatives": [...], "split": "train" | "val" | "test"}; other
     fields are ignored. The paper's release, one JSON array: {"input", "paraphrases", "paraphrases_toxic"}, lists or
     {text: score}. Without ids, the position counts; without splits, a hash of the input decides (70 / 10 / 20 %).
     """
-    return [group for _, _, group in group_records(path)]
+    return [group for _, _, group in group_records(path, setting)]
 
 
-def group_records(path):
+def group_records(path, setting=""):
     """[(where, record, Group)] of a group file: `read_groups` with what else a record holds."""
-    records = read_records(path, "group file", "give a .jsonl of groups, or --data=toy")
+    hint = f'give a .jsonl of groups, {{"input", "positives", "negatives"}} a line{setting and f", or --{setting}=toy"}'
+    records = read_records(path, "group file", hint)
     if not records:
-        raise ValueError(f"{path} holds no groups")
-    out, ids, splits = [], set(), {}  # splits by input
+        raise ValueError(f"{path} holds no groups: {hint}")
+    out, ids, splits = [], {}, {}  # where an id is; splits by input
     for number, (where, record) in enumerate(records, 1):
         group = _group(record, where, number)
         if group.id in ids:
-            raise wrong(where, "an id of its own for each group", group.id)
+            raise wrong(where, f"another id than {ids[group.id]} has", group.id)
         if (other := splits.setdefault(group.input, group.split)) != group.split:
             raise wrong(where, f"split {other!r}, as another group with this input has", group.split)
-        ids.add(group.id)
+        ids[group.id] = where
         out.append((where, record, group))
     return out
 
@@ -114,10 +116,10 @@ def _group(record, where, number):
         if not isinstance(side, list | (dict if released else list)) or not side:
             raise wrong(where, f"a list of sentences as {name!r}", side)
         if bad := [x for x in side if not is_sentence(x)]:
-            raise wrong(where, f"sentences as {name!r}", bad[0])
+            raise wrong(where, f"sentences in the list {name!r}", bad[0])
     positives, negatives = (list(record[name]) for name in names)
     if both := set(positives) & set(negatives):
-        raise wrong(where, "sentences that are either harmless or toxic", min(both))
+        raise wrong(where, "sentences either harmless or toxic", min(both), ": it is in both lists, take it out of one")
     tenth = zlib.crc32(record["input"].encode()) % 10
     split = record.get("split", ("val", "test", "test", *["train"] * 7)[tenth])
     if split not in SPLITS:
@@ -128,9 +130,9 @@ def _group(record, where, number):
     return Group(str(number if name is None else name), record["input"], positives, negatives, split)
 
 
-def load_groups(name):
+def load_groups(name, setting="data"):
     """Groups by split, {'train': [Group], 'val': ..., 'test': ...}, from a file or the toy world ('toy')."""
-    groups = toy.groups() if name == "toy" else read_groups(find(name))
+    groups = toy.groups() if name == "toy" else read_groups(find(name), setting)
     return {split: [g for g in groups if g.split == split] for split in SPLITS}
 
 
@@ -221,6 +223,6 @@ def check_sizes(groups, n_pos, n_neg):
     if small := [g for g in groups if len(g.positives) < n_pos or len(g.negatives) < n_neg]:
         g = small[0]
         raise ValueError(
-            f"group {g.id!r} has {len(g.positives)} positives and {len(g.negatives)} negatives, wanted {n_pos} and "
-            f"{n_neg} ({len(small)} such groups): lower --n_pos / --n_neg, or take these groups out"
+            f"--n_pos={n_pos} and --n_neg={n_neg} want more than {len(small)} groups have, such as {g.id!r} with "
+            f"{len(g.positives)} positives and {len(g.negatives)} negatives: lower them, or take these groups out"
         )

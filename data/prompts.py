@@ -47,19 +47,19 @@ def read_prompts(path):
     RealToxicityPrompts and DExperts have, {"prompt": {"text", "toxicity"}}, {"prompt": text, "toxicity"}, {"text",
     "toxicity"}, toxic above 0.5, or {"text", "toxic": true | false}.
     """
-    ending = Path(path).suffix.lower()
+    ending, hint = Path(path).suffix.lower(), "give one prompt a line, as .txt or as .jsonl"
     if ending in (".csv", ".tsv", ".parquet"):
         raise ValueError(f"{path}: wanted one prompt a line as .txt, or JSON lines as .jsonl, got a {ending} file")
     if ending in (".json", ".jsonl"):
-        records = read_records(path, of=object)
+        records = read_records(path, "prompt file", hint, of=object)
         prompts = [(where, *_prompt(where, record)) for where, record in records]
     else:
-        lines = enumerate(read_text(path).split("\n"), 1)
+        lines = enumerate(read_text(path, "prompt file", hint).split("\n"), 1)
         prompts = [(f"{path}:{n}", "unmarked", line.rstrip()) for n, line in lines if line.strip()]
         if markup := [(where, text) for where, _, text in prompts if re.match(MARKUP, text)]:
             raise wrong(markup[0][0], "plain text (JSON goes into a .jsonl file, without other lines)", markup[0][1])
     if not prompts:
-        raise ValueError(f"{path} holds no prompts: one a line, as text or as JSON")
+        raise ValueError(f"{path} holds no prompts: {hint}")
     kinds = {"toxic": [], "non-toxic": [], "unmarked": []}
     for where, kind, text in prompts:
         kinds[kind].append((where, text))
@@ -73,7 +73,7 @@ def _prompt(where, record):
     fields = fields | (prompt if isinstance(prompt, dict) else {"text": prompt})
     text, toxicity, toxic = (fields.get(k) for k in ("text", "toxicity", "toxic"))
     if not isinstance(text, str) or not text.strip():
-        raise wrong(where, "a prompt's 'text'", record)
+        raise wrong(where, "a text as the prompt's 'text'", record)
     if not is_score(toxicity):
         raise wrong(where, "a number from 0 to 1, or null, as 'toxicity'", toxicity)
     if not isinstance(toxic, bool | None):

@@ -11,7 +11,7 @@ def pick_device(wanted="auto"):
     """The torch device: as wanted, else the fastest there is. Raises ValueError if it is not there."""
     there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if wanted != "auto" and not there[wanted]:
-        raise ValueError(f"device={wanted} is not available here: --device=auto takes what is")
+        raise ValueError(f"device={wanted} is not available here: --device=auto takes the best there is")
     device = torch.device(wanted if wanted != "auto" else next(d for d, ok in there.items() if ok))
     if device.type == "cuda":
         # cuDNN's attention plans anew for every shape, 40 ms and up to 1.3 s each: a third of a short run on an H200.
@@ -24,7 +24,7 @@ def pick_device(wanted="auto"):
 def pick_dtype(wanted, device, width):
     """(dtype of matrix products, the reason for it): half precision where the hardware is fast at it."""
     if wanted == "float16" and device.type != "cuda":
-        raise ValueError(f"dtype=float16 needs loss scaling on cuda, this run is on {device}: bfloat16 or float32")
+        raise ValueError(f"dtype=float16 needs cuda, this run is on {device}: use --dtype=bfloat16 or --dtype=float32")
     if wanted != "auto":
         return getattr(torch, wanted), "as set"
     if device.type == "cuda":

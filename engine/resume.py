@@ -19,10 +19,12 @@ def load_last(path):
     kinds = dict(step=int, config=dict, optimizer=dict, scaler=dict, best=dict | None)
     if wrong := [k for k, kind in kinds.items() if k not in saved or not isinstance(saved[k], kind)]:
         raise ValueError(
-            f"{path} has no usable {wrong[0]!r}, so it is not what train.py saves to go on from: start in another "
-            f"--out_dir, from these weights with --init_from={shlex.quote(str(path))}"
+            f"{path} has no usable {wrong[0]!r} state, so it cannot be resumed: start in another --out_dir, from these "
+            f"weights with --init_from={shlex.quote(str(path))}"
         )
     file = path.with_name("best.pt")
+    if saved["best"] and not file.is_file():
+        raise FileNotFoundError(f"{file} is missing, which belongs to {path}: put it back, or give another --out_dir")
     if saved["best"] or file.is_file():  # of an earlier validation, or of this very step's: then a kill came after it
         best = load_checkpoint(file)
         if not isinstance(best.get("cost"), float) or best.get("step", math.inf) > saved["step"]:

@@ -1,5 +1,6 @@
 """A run's folder and files: whole or absent, read with one kind of message, held by one process; Ctrl-C."""
 
+import errno
 import json
 import os
 import platform
@@ -27,7 +28,8 @@ def read_text(path, what="file", hint="check the path"):
     ValueError with one line."""
     try:
         if not Path(path).is_file():
-            raise FileNotFoundError(f"no {what} at {path}: {hint}")
+            found = f"{path} is a folder, wanted a {what}" if Path(path).is_dir() else f"no {what} at {path}"
+            raise FileNotFoundError(f"{found}: {hint}")
         content = Path(path).read_bytes()
     except PermissionError as e:
         raise OSError(f"{path} cannot be read ({e.strerror}): {hint}") from e
@@ -35,29 +37,31 @@ def read_text(path, what="file", hint="check the path"):
         return content.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as e:
         line = content.count(b"\n", 0, e.start) + 1
-        raise ValueError(f"{path}:{line}: not UTF-8 text (byte 0x{content[e.start]:02x}): save it as UTF-8") from e
+        how = "unpack it first, it is a gzip file" if content[:2] == b"\x1f\x8b" else "save it as UTF-8"
+        raise ValueError(f"{path}:{line}: not UTF-8 text (byte 0x{content[e.start]:02x}): {how}") from e
 
 
-def parse_json(text, where):
-    """A JSON value. Raises ValueError that begins with `where`."""
+def parse_json(text, where, hint="mend it"):
+    """A JSON value. Raises ValueError that begins with `where` and ends with the hint."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as e:
-        raise ValueError(f"{where}: not JSON ({e})") from e
+        reason = "nested too deeply" if isinstance(e, RecursionError) else e
+        raise ValueError(f"{where}: not JSON ({reason}): {hint}") from e
     if re.search(r"\\u[dD][89a-fA-F]", text):  # a code for half of a character: is the other half there?
         try:
             json.dumps(value, ensure_ascii=False).encode()
         except UnicodeEncodeError as e:
             half = f"\\u{ord(e.object[e.start]):04x}"
-            raise ValueError(f"{where}: {half} is half of a character, a lone surrogate: write the whole one") from e
+            raise ValueError(f"{where}: {half} is half of a character, a lone surrogate: delete or replace it") from e
     return value
 
 
-def read_json(path, what="file", hint="check the path"):
+def read_json(path, hint="copy it again from where it came from"):
     """The object in a JSON file. Raises as read_text does."""
-    value = parse_json(read_text(path, what, hint), path)
+    value = parse_json(read_text(path, "JSON file", hint), path, hint)
     if not isinstance(value, dict):
-        raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}")
+        raise ValueError(f"{path}: wanted a JSON object, got {type(value).__name__}: {hint}")
     return value
 
 
@@ -67,13 +71,13 @@ def read_records(path, what="file", hint="check the path", of=dict, cut=False):
     it. Raises as read_text does."""
     text = read_text(path, what, hint)
     if text.lstrip().startswith("["):
-        records = [(f"{path}, item {i}", record) for i, record in enumerate(parse_json(text, path), 1)]
+        records = [(f"{path}, item {i}", record) for i, record in enumerate(parse_json(text, path, hint), 1)]
     else:
         lines = text.split("\n")[: -1 if cut else None]
-        records = [(f"{path}:{i}", parse_json(s, f"{path}:{i}")) for i, s in enumerate(lines, 1) if s.strip()]
+        records = [(f"{path}:{i}", parse_json(s, f"{path}:{i}", hint)) for i, s in enumerate(lines, 1) if s.strip()]
     for where, record in records:
         if not isinstance(record, of):
-            raise ValueError(f"{where}: wanted a JSON object, got {type(record).__name__}")
+            raise ValueError(f"{where}: wanted a JSON object, got {type(record).__name__}: {hint}")
     return records
 
 
@@ -92,10 +96,11 @@ def _writing(path):
         cause = e if isinstance(e, OSError) else e.__context__  # torch.save turns a full disk into a RuntimeError
         if not isinstance(cause, OSError):
             raise
-        reason = cause.strerror or first_line(cause)
-        raise OSError(
-            f"{path} cannot be written ({reason}): make room, or give another folder; what was there is whole"
-        ) from e
+        full = cause.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room; what was there is whole, and the same command goes on" if full else "give another place"
+        in_way = cause.errno in (errno.EEXIST, errno.ENOTDIR)
+        reason = "a file is where a folder is wanted" if in_way else cause.strerror or first_line(cause)
+        raise OSError(f"{path} cannot be written ({reason}): {advice}") from e
 
 
 def atomic_write(path, write):
@@ -131,18 +136,18 @@ class Log:
     """A file with one JSON object a line, written as the run goes; `records` are all that it holds.
 
     It begins with the records that are given, or with those of the file that keep(record) is true of: without `keep`
-    with all. A last line that a kill has cut is dropped, any other that is no JSON object a ValueError.
+    with all. A last line that a kill has cut is dropped, any other that is no JSON object a ValueError with the hint.
     """
 
-    def __init__(self, path, keep=lambda record: True, records=None):
+    def __init__(self, path, keep=lambda record: True, records=None, hint="give another --out_dir"):
         self.path = Path(path)
         if records is None:
-            found, records = read_records(path, cut=True) if self.path.is_file() else [], []
+            found, records = read_records(path, hint=hint, cut=True) if self.path.is_file() else [], []
             for where, record in found:
                 try:
                     records += [record] if keep(record) else []
                 except (KeyError, TypeError) as e:
-                    raise ValueError(f"{where}: no record of this log: is it another file's line?") from e
+                    raise ValueError(f"{where}: no record of this log: {hint}") from e
         self.rewrite(records)
 
     def rewrite(self, records):
@@ -171,19 +176,22 @@ def held(folder, others=False):
     (unless `others`), and OSError if it cannot be written.
     """
     folder = Path(folder)
-    there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+    with _writing(folder):
+        there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
     files = [name for name in there if not re.search(PART, name) and name[0] != "."]
-    mine = "groups.log.jsonl" in files  # of data_gen.py; a config.json may also be a model's
-    mine = mine or ("config.json" in files and "out_dir" in read_json(folder / "config.json"))
-    if files and not mine and not others:
-        more = f" and {len(files) - 1} more" if files[1:] else ""
+    mine = others or "groups.log.jsonl" in files  # of data_gen.py; a config.json may also be a model's
+    hint = 'give another --out_dir, or, if that was a run, write {"out_dir": ""} into it'
+    mine = mine or ("config.json" in files and "out_dir" in read_json(folder / "config.json", hint))
+    if files and not mine:
+        more = f" and {len(files) - 1} other file{'s' * (len(files) > 2)}" if files[1:] else ""
+        lost = " (groups.log.jsonl is missing)" * ("groups.jsonl" in files)
         raise ValueError(
-            f"{folder} holds {files[0]}{more}, but no run of this project, and a run might overwrite it: give a new or "
-            "empty folder as --out_dir"
+            f"{folder} holds {files[0]}{more}, but no run of this project{lost}, and a run might overwrite it: give a "
+            "new or empty folder as --out_dir"
         )
     with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+", encoding="utf-8")
+        lock = open(folder / ".lock", "a+", errors="replace")
     with lock:
         try:
             if fcntl:
@@ -194,9 +202,10 @@ def held(folder, others=False):
             raise ValueError(f"{folder} is in use by process {owner}: wait for it, or give another --out_dir") from e
         except OSError:  # a file system without locks
             pass
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {platform.node()}")
-        lock.flush()
+        with _writing(folder):
+            lock.truncate(0)
+            lock.write(f"{os.getpid()} on {platform.node()}")
+            lock.flush()
         for part in [*folder.glob("*.tmp"), *folder.glob("eval/*.tmp")]:
             if re.search(PART, part.name):
                 part.unlink()

@@ -38,6 +38,7 @@ SHA256 = {  # of model.safetensors at that revision
 INDEX = "model.safetensors.index.json"  # of a model in several files
 WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
+TOKENIZERS = {468: "toy", 50257: "gpt2"}  # by the size of their vocabulary
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What tensors import. Of the rest that torch.load lets pass, some can make gigabytes out of a few bytes.
 IMPORTS = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
@@ -47,8 +48,8 @@ def load_checkpoint(path):
     """The dict in a .pt file of train.py: model, model_config, step and config are checked. Raises with one line."""
     path = Path(path)
     saved = _read_torch(path)
-    if not isinstance(saved, dict) or not {"model", "model_config"} <= saved.keys():
-        raise ValueError(f"{path} is no checkpoint of train.py: give one, best.pt or last.pt of a run")
+    if not isinstance(saved, dict) or "model" not in saved or not isinstance(saved.get("model_config"), dict):
+        raise ValueError(f"{path} is no checkpoint of train.py: give best.pt or last.pt of a run")
     tensors, config, step = _ours(saved["model"], path), saved.get("config", {}), saved.get("step", 0)
     _check_shape(saved["model_config"], _told(tensors, path), path)
     if type(step) is not int or step < 0:
@@ -80,10 +81,10 @@ def load_weights(source):
 def cut_vocabulary(shape, tensors, vocab_size, source):
     """(shape, tensors) without padding behind the tokenizer's tokens. Another vocabulary is a ValueError."""
     if not vocab_size == 50257 < shape["vocab_size"] <= 50304:  # the next multiple of 64, for speed; or pad tokens
-        raise ValueError(
-            f"{source} has a vocabulary of {shape['vocab_size']}, the tokenizer one of {vocab_size}: give the "
-            "--tokenizer that the model was trained with"
-        )
+        size = shape["vocab_size"]
+        fits = TOKENIZERS.get(50257 if 50257 < size <= 50304 else size)
+        hint = f"give --tokenizer={fits}" if fits else "no tokenizer here fits, give a model of GPT-2's vocabulary"
+        raise ValueError(f"{source} has a vocabulary of {size}, the tokenizer one of {vocab_size}: {hint}")
     print(f"note         {source}: its vocabulary of {shape['vocab_size']} is cut to {vocab_size}: the rest is padding")
     cut = {k: tensors[k][:vocab_size] for k in ("transformer.wte.weight", "lm_head.weight") if k in tensors}
     return shape | {"vocab_size": vocab_size}, tensors | cut
@@ -170,7 +171,7 @@ def _read_shape(file):
         saved["n_inner"] = None  # which says the same
     for key, value in want.items():
         if saved.get(key, value) != value:
-            raise ValueError(f"{file}: {key}={saved[key]!r:.60}, but GPT-2 has {value!r}")
+            raise ValueError(f"{file}: {key}={saved[key]!r:.60}, but GPT-2 has {value!r}: only GPT-2 works here")
     return {name: saved[name] for name in SIZES}
 
 
@@ -189,7 +190,7 @@ def _heads(told, file, published):
     n_head = max(1, told["n_embd"] // 64)
     if not published:
         if told["n_embd"] not in (768, 1024, 1280, 1600):
-            raise ValueError(f"{file} does not tell its number of heads, n_head: put its config.json beside it")
+            raise ValueError(f"{file} does not tell its number of heads: give it a config.json with {', '.join(SIZES)}")
         print(f"note         {file}: no config.json beside it, so {n_head} heads are taken: 64 wide, as in GPT-2")
     return n_head
 
@@ -202,9 +203,9 @@ def _check_shape(shape, told, file):
         if type(value) is not int or value < 1:
             raise ValueError(f"{file}: {name} wants a whole number of at least 1, got {value!r:.60}: is it a GPT-2's?")
         if value != told.get(name, value):
-            raise ValueError(
-                f"{file}: {name}={value!r:.60}, but the tensors have {told[name]}: give the config of this file"
-            )
+            own = "the file contradicts itself, so it is damaged: give another"
+            hint = "give the config of this file" if file.suffix == ".json" else own
+            raise ValueError(f"{file}: {name}={value!r:.60}, but the tensors have {told[name]}: {hint}")
     if shape["n_embd"] % shape["n_head"]:
         raise ValueError(
             f"{file}: n_embd={shape['n_embd']} is not a multiple of n_head={shape['n_head']!r:.60}: mend that"
@@ -218,14 +219,14 @@ def _read(file):
         names = read_json(file).get("weight_map")
         names = list(names.values()) if isinstance(names, dict) else [None]
         if any(not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors") for n in names):
-            raise ValueError(f"{file}: it names a file outside its folder, or none of weights: fetch it again")
+            raise ValueError(f"{file}: it names a file outside its folder, or none of weights: copy it again")
         files = [file.parent / name for name in sorted(set(names))]
     tensors = {}
     for part in files:
         try:
             table = _read_safetensors(part)
         except Exception as e:
-            raise ValueError(f"{part} cannot be read as weights ({first_line(e)}): fetch it again") from e
+            raise _unreadable(part, e) from e
         tensors |= _ours(table, part)
     return tensors
 
@@ -246,13 +247,26 @@ def _read_torch(file, mmap=False):
             names = [name for p in pickles for op, name, _ in pickletools.genops(p) if op.name == "GLOBAL"]
         foreign = [name for name in names if not re.fullmatch(IMPORTS, name)]
         saved = None if foreign else torch.load(file, map_location="cpu", weights_only=True, mmap=mmap and zipped)
-    except Exception as e:  # torch's advice on a pickle is to switch weights_only off
-        reason = "not made of tensors and plain types" if isinstance(e, pickle.UnpicklingError) else first_line(e)
-        raise ValueError(f"{file} cannot be read as weights ({reason}): fetch it again") from e
+    except Exception as e:
+        raise _unreadable(file, e) from e
     if foreign:
-        what = f"{file} wants to import {foreign[0].replace(' ', '.'):.80}, but no code of a file runs here"
-        raise ValueError(f"{what}: where it was made, save the model's state_dict(), or by save_pretrained")
+        what = f"{file} wants to import {foreign[0].replace(' ', '.'):.80}, as a whole pickled model does: it could"
+        raise ValueError(f"{what} run code. Where it was made, save the model's state_dict(), or by save_pretrained")
     return saved
+
+
+def _unreadable(file, e):
+    """The error for a damaged file, or one of another kind. torch's advice, weights_only=False, is not passed on."""
+    head, how = b"", "damaged or cut short? Copy it again, or give another file"
+    if not isinstance(e, OSError):  # then there is nothing to look at
+        with open(file, "rb") as f:
+            head = f.read(23)
+    reason = "not made of tensors and plain types" if isinstance(e, pickle.UnpicklingError) else first_line(e)
+    if head == b"version https://git-lfs":
+        reason, how = "a pointer of git-lfs, not the file itself", "fetch that by `git lfs pull`"
+    elif head and head[:1] != b"\x80" and head[:2] != b"PK" and head[8:9] != b"{":
+        reason, how = "neither safetensors nor written by torch.save", "give GPT-2 weights (.safetensors, .bin, .pt)"
+    return ValueError(f"{file} cannot be read as weights ({reason}): {how}")
 
 
 def _unwrap(saved, file):
@@ -322,7 +336,7 @@ def _read_safetensors(file):
 def hub_cache():
     """The hub library's cache folder, by the same environment variables."""
     home = os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "huggingface"
-    return Path(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub").expanduser()
+    return Path(os.path.expanduser(os.environ.get("HF_HUB_CACHE") or Path(home) / "hub"))  # also without a home
 
 
 def _find_published(name):
@@ -331,20 +345,21 @@ def _find_published(name):
     folders = [hub_cache() / ("models--" + r.replace("/", "--")) for r in (repo, name)]  # 'gpt2' is its older name
     for folder in folders:
         main = folder / "refs" / "main"
-        snapshots = [folder / "snapshots" / main.read_text().strip()] if main.is_file() else []
+        snapshots = [folder / "snapshots" / main.read_text(errors="replace").strip()] if main.is_file() else []
         for snapshot in snapshots + sorted(folder.glob("snapshots/*")):
             if file := _weight_file(snapshot):
                 return file
     target = folders[0] / "snapshots" / revision / WEIGHT_FILES[0]
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
     url = f"{endpoint}/{repo}/resolve/{revision}/{WEIGHT_FILES[0]}"
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
+        raise ConnectionError(f"HF_HUB_OFFLINE is set, but {target} is not there: unset it, or give --init_from=FOLDER")
     try:
-        if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE"):
-            raise OSError("HF_HUB_OFFLINE is set")
         download(url, target, SHA256[name])
     except OSError as e:
+        mirror = "; is HF_ENDPOINT right?" * bool(os.environ.get("HF_ENDPOINT"))
         raise ConnectionError(
-            f"{name}: {url} could not be fetched ({e}). Put it at {target}, or run `hf download {repo} "
+            f"{name}: {url} could not be fetched ({e}{mirror}). Put it at {target}, or run `hf download {repo} "
             f"{WEIGHT_FILES[0]}`, which resumes, or give --init_from=FOLDER; configs/toy_cp.py needs no download"
         ) from e
     if not (folders[0] / "refs" / "main").is_file():
@@ -366,8 +381,8 @@ def download(url, target, sha256):
     except RuntimeError as e:  # torch's word for a wrong sha256: cut off, a login page, another version
         raise OSError("what came is cut off or another file, by its sha256; thrown away, run again") from e
     except (OSError, ValueError, http.client.HTTPException) as e:
-        forbidden = getattr(e, "code", None) in (401, 403, 404)  # another time as well
-        raise OSError(first_line(e) + ("" if forbidden else "; run again")) from e
+        final = getattr(e, "code", None) in (401, 403, 404) or isinstance(e, ValueError | http.client.InvalidURL)
+        raise OSError(first_line(e) + ("" if final else "; run again")) from e  # else: not so another time
     finally:
         socket.setdefaulttimeout(before)
     return target

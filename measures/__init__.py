@@ -36,7 +36,7 @@ def open_setup(config, sources, build=None, scores_file=None):
         keep_freed_memory()
     tokenizer, scorer = data.get_tokenizer(config.tokenizer), get_scorer(config.scorer, scores_file)
     if not (scorer.function or scores_file):
-        raise ValueError(f"scorer {scorer.name!r} knows no new samples: name ngram or module:function here")
+        raise ValueError(f"scorer {scorer.name!r} cannot judge newly written text: give ngram or module:function")
     build = build or (lambda source, tokenizer: GPT.from_pretrained(find(source), tokenizer.n_vocab))
     models = {title: build(source, tokenizer).to(device) for title, source in sources.items()}
     for title, model in models.items():

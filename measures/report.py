@@ -272,7 +272,8 @@ NAMED = 4  # settings that differ between runs, at most, for a row to be named b
 def read_summary(folder):
     """The content of a run's summary.json, {} if there is none. Raises ValueError if it is damaged, or not a run's."""
     file = Path(folder) / "summary.json"
-    summary = read_json(file) if file.exists() else {}
+    hint = "train.py --resume writes it again, or delete it, and eval.py writes one"
+    summary = read_json(file, hint) if file.exists() else {}
     number = lambda x: x is None or isinstance(x, float) or (isinstance(x, int) and abs(x) < 2**63)
     for part, plain in dict(config=lambda x: isinstance(x, str) or number(x), base=number, tuned=number).items():
         found = summary.get(part, {})
@@ -301,7 +302,8 @@ def compare_runs(folders, markdown=False):
         elif folder.is_dir() or not folder.exists():
             print(f"left out: {folder}, which holds no summary.json of a finished fine-tuning run")
     if not runs:
-        raise ValueError("nothing to compare: give the folders of finished runs, for instance out/*")
+        above = " (see above)" * any(not Path(folder).is_file() for folder in folders)
+        raise ValueError(f"nothing to compare{above}: give the folders of finished runs, for instance out/*")
     vary = [k for k in names if len({settings[k] for _, settings, _ in runs}) > 1]
     kinds, bases = {}, {}
     for name, settings, run in runs:
@@ -394,7 +396,8 @@ def plot_curves(records, path):
     for ax, (title, split, curves) in zip(axes.flat, panels, strict=True):
         for key, label in curves.items():
             for kind in ("train", "val") if split == "both" else (split,):
-                points = [(r["step"], r[key]) for r in records if r["split"] == kind and r.get(key) is not None]
+                mine = [(r.get("step"), r.get(key)) for r in records if r.get("split") == kind]
+                points = [xy for xy in mine if {int, float} >= {*map(type, xy)}]
                 name = label or {"train": "training batches", "val": "validation"}[kind]
                 if points:
                     ax.plot(*zip(*points, strict=True), label=name, marker="o" if kind == "val" else None)

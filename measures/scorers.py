@@ -51,14 +51,15 @@ class Scorer:
                 raise ValueError(f"{e}: delete this file, its scores are made again") if function else e from None
 
     def _read(self):
-        text = read_text(self.path)
+        hint = "damaged" if self.function else 'give a .jsonl, {"text", "score"} a line'
+        text = read_text(self.path, "score file", hint)
         if text.lstrip().startswith("["):
             raise ValueError(f"{self.path}: wanted JSON lines, to which others can be added, got an array")
         self.open_end = text[-1:] not in ("", "\n")
         if self.function and self.open_end:  # an interruption cut the cache's last line
             atomic_write(self.path, text[: text.rfind("\n") + 1])
             self.open_end = False
-        for where, record in read_records(self.path):
+        for where, record in read_records(self.path, "score file", hint):
             if not isinstance(record.get("text"), str) or not is_score(record.get("score", "none")):
                 raise wrong(where, '{"text": ..., "score": 0 to 1, or null}', record)
             if self.whose.items() <= record.items():
@@ -103,7 +104,7 @@ def _load(name):
         module = importlib.import_module(module)
         score, source = getattr(module, function), Path(module.__file__)
     except Exception as e:  # importing a foreign module can fail in any way
-        raise ValueError(f"scorer {name!r} cannot be loaded: {type(e).__name__}: {e}") from e
+        raise ValueError(f"scorer {name!r} cannot be loaded: {type(e).__name__}: {e}: check name and PYTHONPATH") from e
     if not callable(score):
         raise ValueError(f"scorer {name!r} is a {type(score).__name__}, wanted a function of a list of texts")
     weights = source.with_suffix(".npz")

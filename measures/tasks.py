@@ -49,8 +49,8 @@ def read_task(path):
     choice is to be the gold one, or {"context", "continuation"}, where gold is None: the one continuation is to be
     foretold. Raises ValueError naming the line.
     """
-    items = []
-    for where, record in read_records(path):
+    items, hint = [], "give a .jsonl as measures/README.md describes it"
+    for where, record in read_records(path, "task file", hint):
         if "continuation" in record:
             context, choices, gold = record.get("context"), [record["continuation"]], None
         else:
@@ -59,10 +59,10 @@ def read_task(path):
         if not ok or not all(isinstance(c, str) and c.strip() for c in choices):
             raise wrong(where, "'query', 'choices' and 'gold', or 'context' and 'continuation'", record)
         if "continuation" not in record and not (type(gold) is int and 0 <= gold < len(choices)):
-            raise wrong(where, f"the index of one of {len(choices)} choices as 'gold'", gold)
+            raise wrong(where, f"the number of a choice, 0 to {len(choices) - 1}, as 'gold'", gold)
         items.append((context, choices, gold))
     if not items:
-        raise ValueError(f"{path} holds no items")
+        raise ValueError(f"{path} holds no items: {hint}")
     if len({gold is None for *_, gold in items}) > 1:
         raise ValueError(f"{path} mixes choices and continuations: one kind a file")
     return items
@@ -211,11 +211,12 @@ def measure_task(model, tokenizer, items, what="task"):
     limit, jobs = model.config.n_positions + 1, []  # the last token is only predicted
     for i, (context, choices, _) in enumerate(items):
         pairs = [split_tokens(tokenizer, context, " " + c) for c in choices]
-        room = limit - max(len(choice) for _, choice in pairs)
-        if not all(choice for _, choice in pairs) or room < 1:
-            raise ValueError(
-                f"item {i + 1} of {what}: a choice is empty or longer than the context of {limit - 1} tokens"
-            )
+        sizes = [len(choice) for _, choice in pairs]
+        room = limit - max(sizes)
+        if not all(sizes) or room < 1:
+            n = min(sizes) and max(sizes)  # an empty one first
+            told = f"item {i + 1} of {what}: choice {sizes.index(n) + 1} has {n} tokens, wanted 1 to {limit - 1}"
+            raise ValueError(f"{told}: take that item out")
         if len(pairs[0][0]) <= room:  # one row: the context once, its choices side by side
             jobs.append((pairs[0][0], [choice for _, choice in pairs], [(i, j) for j in range(len(pairs))]))
         else:  # what is cut off depends on the choice

@@ -36,12 +36,12 @@ def text_perplexity(model, tokenizer, text, context, stride):
 
 def read_measured_text(path, tokenizer):
     """(token ids, pages or None) of a text file. A .raw file is WikiText: the hub's framing, and lm-eval's pages."""
-    text, pages = read_text(path), None
+    text, pages = read_text(path, "text file", "give a .txt, or a .raw of WikiText"), None
     if str(path).lower().endswith(".raw"):
         text, pages = wikitext_rows(text), wikitext_pages(text)
     tokens = tokenizer.encode_ordinary(text)
     if len(tokens) < 2:
-        raise ValueError(f"{path} holds no text to measure")
+        raise ValueError(f"{path} holds no text to measure: two tokens are needed at least")
     return tokens, pages
 
 

@@ -171,6 +171,7 @@ def test_the_command(tmp_path):
     )
     path.write_text("7\n")
     done = run(str(path))
-    assert (done.returncode, done.stderr) == (1, f"measures.check: {path}:1: wanted a JSON object, got int\n")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"measures.check: {path}:1: wanted a JSON object, got int: give a .jsonl of groups")
     path.write_text("[" + json.dumps({"input": "A.", "paraphrases": ["B."], "paraphrases_toxic": ["C."]}) + "]")
     assert ", item 1: 1: 1 positives, wanted at least 6" in run(str(path)).stdout

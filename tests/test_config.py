@@ -113,12 +113,12 @@ def python(*argv, cwd):
         # unknown, with the nearest name
         ("taus", "1", "1", "unknown setting 'taus': did you mean tau?"),
         ("warmup", "5", "5", "unknown setting 'warmup': did you mean warmup_steps?"),
-        ("zzz", "5", "5", "unknown setting 'zzz'; --help lists all"),
+        ("zzz", "5", "5", "unknown setting 'zzz': --help lists all"),
         # cross-checks
         ("warmup_steps", "200", "200", "warmup_steps=200 must be smaller than max_steps=200"),
         ("min_length", "2", "2", "min_length=2.0 is above max_length=1.6: nothing could pass"),
         ("max_overlap", "0.2", "0.2", "min_overlap=0.3 is above max_overlap=0.2: nothing could pass"),
-        ("distance", "'signed'", "signed", "variant=released has no signed distance: leave distance=abs"),
+        ("distance", "'signed'", "signed", "variant=released works only with distance=abs"),
         ("positive_prompt", "'{input}'", "{input}", "positive_prompt must hold {input}, then {output}, then a closing"),
         (
             "negative_prompt",
@@ -127,7 +127,7 @@ def python(*argv, cwd):
             "negative_prompt must hold {input}, then {output}",
         ),
         ("n_head", "3", "3", "n_embd=128 must be a multiple of n_head=3"),
-        ("init_from", "'scratch'", "scratch", "objective=cp tunes a model that exists"),
+        ("init_from", "'scratch'", "scratch", "objective=cp tunes a model: init_from must name one"),
     ],
 )
 def test_file_and_flags_are_refused_alike(config_file, refused, name, in_file, as_flag, says):
@@ -293,10 +293,12 @@ def test_abbreviations_are_unknown(refused):
 
 
 def test_stray_words(config_file, refused):
-    """A second positional word is named, and so is a flag with one dash."""
-    path = config_file("tau = 1")
-    assert "'second.py' is neither a setting nor the one config file" in refused(path, "second.py")
-    assert "'-tau' is neither a setting nor the one config file" in refused(path, "-tau")
+    """A second positional word is named, and so is a flag with one dash or none."""
+    path, says = config_file("tau = 1"), "is neither --name=value nor the one config file: "
+    assert f"'second.py' {says}that is {path}" in refused(path, "second.py")
+    for word in ("-tau", "tau=1"):
+        assert f"'{word}' {says}did you mean --{word.lstrip('-')}?" in refused(path, word)
+    assert "--tau wants a value: --tau=..." in refused(path, "--tau")
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -319,9 +321,9 @@ def test_syntax_error_names_the_file(config_file, refused):
 def test_an_error_in_a_file_names_the_file(config_file, refused):
     """A file that raises, or imports what is not there, or assigns what is no setting."""
     path = config_file("tau = 1 / 0")
-    assert f"{path}: ZeroDivisionError: division by zero" in refused(path)
+    assert f"{path}:2: ZeroDivisionError: division by zero" in refused(path)
     path = config_file("from configs.nowhere import *")
-    assert f"{path}: ModuleNotFoundError: No module named 'configs.nowhere'" in refused(path)
+    assert f"{path}:2: ModuleNotFoundError: No module named 'configs.nowhere'" in refused(path)
     path = config_file("taus = 1")
     assert f"{path}: unknown setting 'taus': did you mean tau?" in refused(path)
 

@@ -134,18 +134,19 @@ def test_shipped_data_is_found_from_another_folder(tmp_path, monkeypatch):
     assert load_documents("data/detox/groups.jsonl", seed=0)["train"] == ["in 0", "kind 0", "rude 0"]
 
 
+HINT = 'give a .jsonl of groups, {"input", "positives", "negatives"} a line'
 BAD_RECORDS = {
-    "not an object": (["a sentence"], "wanted a JSON object, got list"),
-    "a number": (5, "wanted a JSON object, got int"),
+    "not an object": (["a sentence"], f"wanted a JSON object, got list: {HINT}"),
+    "a number": (5, f"wanted a JSON object, got int: {HINT}"),
     "no input": (dict(id=1), "wanted a field 'input', got {\"id\": 1}"),
     "no positives": (dict(input="x"), 'wanted a field \'positives\', got {"input": "x"}'),
     "no negatives": (dict(input="x", positives=1), 'wanted a field \'negatives\', got {"input": "x", "positives": 1}'),
     "input empty": (record(1, input=""), "wanted a sentence as 'input', got \"\""),
     "input blank": (record(1, input=" \n"), "wanted a sentence as 'input', got \" \\n\""),
     "input no text": (record(1, input=3), "wanted a sentence as 'input', got 3"),
-    "sentence empty": (record(1, positives=["a", ""]), "wanted sentences as 'positives', got \"\""),
-    "sentence blank": (record(1, negatives=["  "]), "wanted sentences as 'negatives', got \"  \""),
-    "sentence no text": (record(1, negatives=["a", 7]), "wanted sentences as 'negatives', got 7"),
+    "sentence empty": (record(1, positives=["a", ""]), "wanted sentences in the list 'positives', got \"\""),
+    "sentence blank": (record(1, negatives=["  "]), "wanted sentences in the list 'negatives', got \"  \""),
+    "sentence no text": (record(1, negatives=["a", 7]), "wanted sentences in the list 'negatives', got 7"),
     "list empty": (record(1, positives=[]), "wanted a list of sentences as 'positives', got []"),
     "list is text": (record(1, negatives="rude"), "wanted a list of sentences as 'negatives', got \"rude\""),
     "list is a mapping": (record(1, positives={"a": 1}), "wanted a list of sentences as 'positives', got {\"a\": 1}"),
@@ -153,7 +154,7 @@ BAD_RECORDS = {
         record(1, positives={"a": "x" * 10**6}),
         'wanted a list of sentences as \'positives\', got {"a": "' + "x" * 73,
     ),
-    "id twice": (record(1, id="g0"), 'wanted an id of its own for each group, got "g0"'),
+    "id twice": (record(1, id="g0"), 'wanted another id than {first} has, got "g0"'),
     "id no text": (record(1, id=["g1"]), "wanted a text or a whole number as 'id', got [\"g1\"]"),
     "unknown split": (record(1, split="dev"), "wanted one of train, val, test as 'split', got \"dev\""),
     "split no text": (record(1, split=["train"]), "wanted one of train, val, test as 'split', got [\"train\"]"),
@@ -163,7 +164,7 @@ BAD_RECORDS = {
     ),
     "both tones": (
         record(1, negatives=["x", "kind 1"]),
-        'wanted sentences that are either harmless or toxic, got "kind 1"',
+        'wanted sentences either harmless or toxic, got "kind 1": it is in both lists, take it out of one',
     ),
 }
 
@@ -175,21 +176,21 @@ def test_bad_records(write, case):
     path = write(json.dumps(record(0)) + "\n\n" + json.dumps(bad) + "\n")
     with pytest.raises(ValueError) as e:
         read_groups(path)
-    assert str(e.value) == f"{path}:3: {says}"
+    assert str(e.value) == f"{path}:3: " + says.replace("{first}", f"{path}:1")
     path = write([record(0), bad], "array.json")
     with pytest.raises(ValueError) as e:
         read_groups(path)
-    assert str(e.value) == f"{path}, item 2: {says}"
+    assert str(e.value) == f"{path}, item 2: " + says.replace("{first}", f"{path}, item 1")
 
 
 BAD_RELEASES = {
     "no toxic ones": (dict(paraphrases=["a"], input="x"), "wanted a field 'paraphrases_toxic', got {\"paraphrases\": "),
     "list empty": (release(1, paraphrases=[]), "wanted a list of sentences as 'paraphrases', got []"),
     "mapping empty": (release(1, paraphrases_toxic={}), "wanted a list of sentences as 'paraphrases_toxic', got {}"),
-    "sentence empty": (release(1, paraphrases={"": 1}), "wanted sentences as 'paraphrases', got \"\""),
+    "sentence empty": (release(1, paraphrases={"": 1}), "wanted sentences in the list 'paraphrases', got \"\""),
     "both tones": (
         release(1, paraphrases_toxic={"kind 1": 1}),
-        'wanted sentences that are either harmless or toxic, got "kind 1"',
+        'wanted sentences either harmless or toxic, got "kind 1": it is in both lists, take it out of one',
     ),
 }
 
@@ -261,15 +262,17 @@ def test_empty_file(write, content):
     path = write(content)
     with pytest.raises(ValueError) as e:
         read_groups(path)
-    assert str(e.value) == f"{path} holds no groups"
+    assert str(e.value) == f"{path} holds no groups: {HINT}"
 
 
 def test_missing_file(tmp_path):
     """A missing file and a folder, with what to do instead."""
-    for path in (tmp_path / "none.jsonl", tmp_path):
-        with pytest.raises(FileNotFoundError) as e:
-            read_groups(path)
-        assert str(e.value) == f"no group file at {path}: give a .jsonl of groups, or --data=toy"
+    none = tmp_path / "none.jsonl"
+    for path, says in ((none, f"no group file at {none}"), (tmp_path, f"{tmp_path} is a folder, wanted a group file")):
+        for read, more in ((read_groups, ""), (load_groups, ", or --data=toy")):
+            with pytest.raises(FileNotFoundError) as e:
+                read(path)
+            assert str(e.value) == f"{says}: {HINT}{more}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -582,16 +585,17 @@ def test_check_sizes():
     assert check_sizes([full], 4, 6) is None
     with pytest.raises(ValueError) as e:
         check_sizes(groups, 2, 3)
-    assert str(e.value).startswith("group 'g1' has 1 positives and 6 negatives, wanted 2 and 3 (2 such groups)")
-    assert "--n_pos" in str(e.value) and "\n" not in str(e.value)
-    for sizes, says in (
-        ((2, 2), "group 'g1' has 1 positives and 6 negatives, wanted 2 and 2 (1 such groups)"),
-        ((1, 3), "group 'g2' has 4 positives and 2 negatives, wanted 1 and 3 (1 such groups)"),
-        ((5, 1), "group 'g0' has 4 positives and 6 negatives, wanted 5 and 1 (3 such groups)"),
+    assert "lower them" in str(e.value) and "\n" not in str(e.value)
+    for sizes, n, says in (
+        ((2, 3), 2, "'g1' with 1 positives and 6 negatives"),
+        ((2, 2), 1, "'g1' with 1 positives and 6 negatives"),
+        ((1, 3), 1, "'g2' with 4 positives and 2 negatives"),
+        ((5, 1), 3, "'g0' with 4 positives and 6 negatives"),
     ):
         with pytest.raises(ValueError) as e:
             check_sizes(groups, *sizes)
-        assert str(e.value).startswith(says)
+        flags = "--n_pos={} and --n_neg={}".format(*sizes)
+        assert str(e.value).startswith(f"{flags} want more than {n} groups have, such as {says}")
 
 
 # --------------------------------------------------------------------------------------------------------------------

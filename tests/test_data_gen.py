@@ -55,7 +55,7 @@ def parrot(model, idx, lengths, max_new, temperature, top_k, top_p, stop, noise,
         event, kind = read_toy(source)[0], rng.integers(8)
         other = toy._events("train")[rng.integers(100)]
         text = {
-            0: toy.write(event, asked, rng),  # not closed
+            0: toy.write(event, asked, rng),  # no closing mark
             1: toy.write(event, {"toxic": "harmless", "harmless": "toxic"}[asked], rng) + '"',
             2: toy.write(other, asked, rng) + '"',
             3: source + '"',
@@ -125,7 +125,7 @@ def read(path):
         ("Is it 4 p.m. yet?", True, None),
         ("The dog said 'no.'", True, None),
         ("3 buses are late!", True, None),
-        ("The bus is late.", False, "not closed"),
+        ("The bus is late.", False, "no closing mark"),
         ("", True, "empty"),
         ("Polite: The bus is late.", True, "holds prompt text"),
         ("The bus Sentence: is late.", True, "holds prompt text"),
@@ -237,7 +237,7 @@ def test_seeds_do_not_demonstrate_if_others_can():
 
 
 def test_too_few_demonstrations_are_refused():
-    with pytest.raises(ValueError, match="toy has 280 groups of split train, wanted --shots=281"):
+    with pytest.raises(ValueError, match="toy has 280 groups of split train: lower --shots=281"):
         data_gen.draw_demonstrations(Config(demos="toy", shots=281), [])
 
 
@@ -310,7 +310,7 @@ def test_a_run_writes_groups_that_hold(settings, parroting, capsys):
     for side in data_gen.SIDES:
         count = data_gen.count_outcomes(records, side)
         assert f"{count['accepted']}" in said and count.total() % 6 == 0  # every sample is counted once
-        assert {"accepted", "not closed", "copy" if config.max_overlap < 1 else "accepted"} <= set(count)
+        assert {"accepted", "no closing mark", "copy" if config.max_overlap < 1 else "accepted"} <= set(count)
     assert max(len(line) for line in said.splitlines() if "/" not in line) <= 100  # but for pytest's long paths
     assert "too toxic" in said and "not toxic" in said and said.count("  + ") == 9 == said.count("  - ")
 
@@ -472,12 +472,12 @@ def stops(capsys, flags):
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--seeds="], "no seeds: give --seeds=FILE"),
+        (["--seeds="], "or a group file, as --seeds=FILE"),
         (["--seeds=EMPTY"], "holds no sentence"),
-        (["--seeds=nowhere.txt"], "no file at nowhere.txt"),
+        (["--seeds=nowhere.txt"], "no text file at nowhere.txt"),
         (["--seeds=LONG"], "none of the 2 seeds can be used (2 too long for the context)"),
         (["--shots=6"], "demonstrations take"),
-        (["--shots=999"], "toy has 280 groups of split train, wanted --shots=999"),
+        (["--shots=999"], "toy has 280 groups of split train: lower --shots=999"),
         (["--demos=nowhere.jsonl"], "no group file at nowhere.jsonl"),
         (["--min_overlap=0.9", "--max_overlap=0.5"], "min_overlap=0.9 is above max_overlap=0.5"),
         (["--min_length=2", "--max_length=1"], "min_length=2.0 is above max_length=1.0"),
@@ -501,13 +501,13 @@ def test_other_settings_do_not_go_on(settings, parroting, tmp_path):
     data_gen.generate_groups(settings())
     with pytest.raises(ValueError, match="groups.jsonl exists: add --resume"):
         data_gen.generate_groups(settings())
-    with pytest.raises(ValueError, match="was made with another k, temperature: give another --out_dir"):
+    with pytest.raises(ValueError, match=r"made with another k \(6\), temperature \(0.6\): give the same, or"):
         data_gen.generate_groups(settings("--resume", "--temperature=0.9", "--k=7"))
     write_seeds(tmp_path / "seeds.jsonl", 9)
-    with pytest.raises(ValueError, match="was made with another seeds: give another --out_dir"):
+    with pytest.raises(ValueError, match=r"was made with another seeds \('.*/seeds.jsonl, crc32"):
         data_gen.generate_groups(settings("--resume"))
     files(tmp_path / "mine")[1].unlink()
-    with pytest.raises(ValueError, match="groups.jsonl cannot go on without its log"):
+    with pytest.raises(ValueError, match="groups.log.jsonl is missing, without which .*groups.jsonl cannot go on"):
         data_gen.generate_groups(settings("--resume"))
 
 
@@ -523,7 +523,7 @@ def test_seeds_that_cannot_be_used_are_counted(settings, parroting, tmp_path, ca
 
 
 def test_nothing_accepted_is_said_at_once_and_at_the_end(settings, parroting, capsys):
-    with pytest.raises(ValueError, match="no group is complete: none of 300 samples became a positive"):
+    with pytest.raises(ValueError, match="none of 300 samples became a positive .*off topic.*lower --min_overlap$"):
         data_gen.generate_groups(settings("--min_overlap=0.99", "--max_overlap=0.995"))
     said = capsys.readouterr()
     assert "NOTE none of 90 samples became a positive" in said.out + said.err
@@ -556,6 +556,6 @@ def test_from_any_folder(flags, tmp_path):
     command = [sys.executable, str(ROOT / "data_gen.py"), *flags, "--rounds=1"]
     shutil.rmtree(tmp_path / "out", ignore_errors=True)
     run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 1 and "10 seeds" in run.stdout and "not closed" in run.stdout
+    assert run.returncode == 1 and "10 seeds" in run.stdout and "no closing mark" in run.stdout
     assert run.stderr.splitlines()[-1].startswith("data_gen.py: no group is complete: none of 60 samples")
     assert (tmp_path / "out/toy_data/groups.log.jsonl").is_file()

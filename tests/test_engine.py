@@ -152,6 +152,7 @@ def test_read_text(tmp_path, content, text):
     [
         (b"a\nb\xff\n", ":2: not UTF-8 text (byte 0xff): save it as UTF-8"),
         ("a".encode("utf-16"), ":1: not UTF-8 text"),
+        (b"\x1f\x8b\x08", ":1: not UTF-8 text (byte 0x8b): unpack it first, it is a gzip file"),
         (b"\xed\xa0\x80", ":1: not UTF-8 text"),  # half of a character
     ],
 )
@@ -160,8 +161,9 @@ def test_read_text_names_the_line(tmp_path, content, says):
     with pytest.raises(ValueError) as e:
         read_text(tmp_path / "x")
     assert str(e.value).startswith(f"{tmp_path / 'x'}{says}")
-    for wrong in (tmp_path / "nowhere", tmp_path):
-        with pytest.raises(FileNotFoundError, match=f"no list at {wrong}: write one"):
+    nowhere = tmp_path / "nowhere"
+    for wrong, found in ((nowhere, f"no list at {nowhere}"), (tmp_path, f"{tmp_path} is a folder, wanted a list")):
+        with pytest.raises(FileNotFoundError, match=f"^{found}: write one$"):
             read_text(wrong, "list", "write one")
 
 
@@ -169,7 +171,7 @@ def test_read_text_names_the_line(tmp_path, content, says):
     ("text", "says"),
     [
         ("{", "x.json: not JSON (Expecting"),
-        ("[" * 100_000, "x.json: not JSON (maximum recursion"),
+        ("[" * 100_000, "x.json: not JSON (nested too deeply): mend it"),
         ('"\\ud83d"', "x.json: \\ud83d is half of a character"),
         ('{"\\uDE00": 1}', "x.json: \\ude00 is half of a character"),
         ("9" * 5000, "x.json: not JSON (Exceeds the limit"),

@@ -312,7 +312,7 @@ def test_prompts_are_never_markup(write, name, content, want):
         ("p", '{\n"text": "Uh"}', ":1: wanted plain text"),
         ("p.jsonl", "# mine\n" + RTP_LINE, ":1: not JSON ("),
         ("p.jsonl", "Ah\n", ":1: not JSON ("),
-        ("p.json", '["Ah", 7]', ", item 2: wanted a prompt's 'text', got 7"),
+        ("p.json", '["Ah", 7]', ", item 2: wanted a text as the prompt's 'text', got 7"),
         ("p.csv", "text\nAh", ": wanted one prompt a line as .txt, or JSON lines as .jsonl, got a .csv file"),
         ("P.TSV", "text\nAh", "got a .tsv file"),
         ("p.parquet", "PAR1", "got a .parquet file"),
@@ -500,7 +500,7 @@ GOOD_ITEM = dict(query="q", choices=["a", "b"], gold=0)
         (GOOD_ITEM | dict(choices="ab"), "wanted 'query'"),
         (GOOD_ITEM | dict(choices=["a", " "]), "wanted 'query'"),
         (GOOD_ITEM | dict(choices=["a", 3]), "wanted 'query'"),
-        (GOOD_ITEM | dict(gold=2), "wanted the index of one of 2 choices as 'gold', got 2"),
+        (GOOD_ITEM | dict(gold=2), "wanted the number of a choice, 0 to 1, as 'gold', got 2"),
         (GOOD_ITEM | dict(gold=-1), "got -1"),
         (GOOD_ITEM | dict(gold="0"), 'got "0"'),
         (GOOD_ITEM | dict(gold=True), "got true"),
@@ -850,7 +850,7 @@ def test_a_damaged_summary_is_left_out_of_the_comparison(tmp_path, capsys, conte
     report.compare_runs([tmp_path / name for name in ("bad", "folder", "good")], markdown=True)
     out = capsys.readouterr().out
     assert f"left out: {tmp_path}/bad/summary.json{says}" in out and "| good | 1 | 0.500 |" in out
-    assert f"left out: no file at {tmp_path}/folder/summary.json" in out
+    assert f"left out: {tmp_path}/folder/summary.json is a folder, wanted a JSON file" in out
     with pytest.raises(ValueError) as e:
         report.read_summary(tmp_path / "bad")
     assert str(e.value).startswith(f"{tmp_path}/bad/summary.json{says}") and len(str(e.value)) < 300

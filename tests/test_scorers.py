@@ -260,7 +260,7 @@ def test_a_cache_with_the_line_ends_of_windows_is_known(scorer, tmp_path):
 def test_a_cache_that_cannot_be_written_is_one_line(scorer, tmp_path):
     (tmp_path / "file").write_text("")
     cache = tmp_path / "file" / "cache.jsonl"
-    with pytest.raises(OSError, match=f"{cache} cannot be written .*: make room, or give another folder"):
+    with pytest.raises(OSError, match=f"{cache} cannot be written .*: give another place"):
         get_scorer(scorer(LENGTHS), cache)(["a"])
 
 
@@ -312,7 +312,7 @@ def test_a_file_of_scores_is_found_from_any_folder(tmp_path, monkeypatch):
     (tmp_path / "project" / "data" / "scores.jsonl").write_text('{"text": "a", "score": 0.5}\n')
     monkeypatch.chdir(tmp_path)
     assert get_scorer("file:data/scores.jsonl")(["a"]).tolist() == [0.5]
-    with pytest.raises(FileNotFoundError, match="no file at project/data"):
+    with pytest.raises(FileNotFoundError, match="project/data is a folder, wanted a score file: give a .jsonl"):
         get_scorer("file:project/data")
     get_scorer("file:new/scores.jsonl")(["a"])
     assert (tmp_path / "new" / "scores.jsonl").is_file()

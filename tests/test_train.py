@@ -222,7 +222,7 @@ def no_moments(saved):
 @pytest.mark.parametrize(
     ("change", "flags", "says"),
     [
-        (None, ["--max_steps=3"], "last.pt is at step 4, beyond --max_steps=3: give more"),
+        (None, ["--max_steps=3"], "last.pt is at step 4, beyond --max_steps=3: raise it"),
         (None, ["--tau=7"], "last.pt was made with --tau=0.2: give the same with --resume, or another --out_dir"),
         (None, ["--seed=1", "--kl_weight=1"], "last.pt was made with --seed=0, --kl_weight=0.0: give the same"),
         (wider, [], "last.pt is a model of another size: give the --init_from that this run began with"),
@@ -230,12 +230,12 @@ def no_moments(saved):
         (
             lambda saved: saved.pop("optimizer"),
             [],
-            "last.pt has no usable 'optimizer', so it is not what",
+            "last.pt has no usable 'optimizer' state, so it cannot be resumed",
         ),
         (lambda saved: saved.update(step="4"), [], "last.pt: step wants a whole number of at least 0, got '4'"),
         (lambda saved: saved.update(best=3), [], "last.pt has no usable 'best'"),
         (lambda saved: saved["optimizer"].update(state=[]), [], "its optimizer's state is not this model's"),
-        ("best.pt is missing", [], "no checkpoint at"),
+        ("best.pt is missing", [], "best.pt is missing, which belongs to"),
         ("best.pt is last.pt", [], "last.pt has no usable 'optimizer'"),
         ("best.pt of a later step", [], "best.pt is not this run's, by its cost and step"),
         ("cut", [], "last.pt cannot be read"),
@@ -413,7 +413,7 @@ def test_non_finite_loss_stops_and_names_step_and_groups(base, tmp_path, monkeyp
     def broken(model, frozen, batch, config):
         calls.append(batch.ids)
         loss, parts = real(model, frozen, batch, config)
-        return (loss * math.nan if len(calls) == 5 else loss), parts
+        return (loss * math.nan if len(calls) in (5, 6) else loss), parts
 
     monkeypatch.setattr(train, "objective", broken)
     with pytest.raises(FloatingPointError) as e:
@@ -421,6 +421,8 @@ def test_non_finite_loss_stops_and_names_step_and_groups(base, tmp_path, monkeyp
     assert "loss is nan at step 4" in str(e.value) and calls[4][0] in str(e.value) and "last.pt" in str(e.value)
     assert state(tmp_path / "last.pt")["step"] == 3
     assert all(torch.isfinite(v).all() for v in state(tmp_path / "last.pt")["model"].values())
+    with pytest.raises(FloatingPointError, match=f"loss is nan at step 0, in .*: {base} may hold NaNs: try another"):
+        train.train(cp_config(base, tmp_path / "again"))
 
 
 def test_checkpoints_hold_plain_types_and_no_compiler_names(base, tmp_path):
@@ -586,6 +588,7 @@ def test_gpt2_without_network_stops_within_seconds(tmp_path):
     """The error names the file, where to put it, and the run that needs none."""
     env = os.environ | {
         "HF_ENDPOINT": "http://127.0.0.1:9",
+        "HF_HUB_OFFLINE": "",
         "HF_HUB_CACHE": str(tmp_path / "hub"),
         "HF_HOME": str(tmp_path),
     }
@@ -601,7 +604,7 @@ def test_gpt2_without_network_stops_within_seconds(tmp_path):
         (["--init_from=nowhere.pt"], "no checkpoint at nowhere.pt"),
         (["--init_from=nowhere"], "no model 'nowhere'"),
         (["--data=nowhere.jsonl"], "no group file at nowhere.jsonl"),
-        (["--n_pos=9"], "has 8 positives and 8 negatives, wanted 9"),
+        (["--n_pos=9"], "'toy-train-000' with 8 positives and 8 negatives"),
         (["--scorer=nowhere:f"], "cannot be loaded"),
         (["--resume"], "nothing to resume, there is no"),
     ],
@@ -616,7 +619,7 @@ def test_bad_input_is_one_line(base, tmp_path, flags, words):
 def test_wrong_tokenizer_is_named(base, tmp_path):
     model = GPT(GPTConfig(vocab_size=300, n_positions=64, n_embd=16, n_layer=1, n_head=1))
     model.save_pretrained(tmp_path / "other")
-    with pytest.raises(ValueError, match="vocabulary of 300, the tokenizer one of 468: give the --tokenizer"):
+    with pytest.raises(ValueError, match="vocabulary of 300, the tokenizer one of 468: no tokenizer here fits"):
         train.train(cp_config(tmp_path / "other", tmp_path / "run"))
 
 

@@ -30,6 +30,7 @@ from test_model import LONG, TINY, batch, max_diff, reference, tiny
 from transformers import GPT2LMHeadModel
 
 from configs import find
+from data import get_tokenizer
 from engine import weights
 from engine.run import atomic_write
 from engine.weights import PUBLISHED, SHA256, download, hub_cache, load_checkpoint
@@ -108,9 +109,7 @@ def test_reads_a_lone_file(tmp_path, capsys, file):
 def test_refuses_a_lone_file_of_another_width(tmp_path, published, file):
     """Two heads of 64 or one of 128? A guess would load another model in silence."""
     write(tmp_path, load_file(published[0] / "model.safetensors"), file)
-    with pytest.raises(
-        ValueError, match=f"{file} does not tell its number of heads, n_head: put its config.json beside"
-    ):
+    with pytest.raises(ValueError, match=f"{file} does not tell its number of heads: give it a config.json .* n_head$"):
         GPT.from_pretrained(tmp_path / file)
 
 
@@ -217,7 +216,7 @@ def test_refuses_a_damaged_index(sharded, damage):
         "file unnamed": "is missing",
         "not JSON": f"{index}: not JSON",
         "a list": f"{index}: wanted a JSON object, got list",
-    }.get(damage, f"{index}: it names a file outside its folder, or none of weights: fetch it again")
+    }.get(damage, f"{index}: it names a file outside its folder, or none of weights: copy it again")
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -309,7 +308,7 @@ def test_refuses_a_damaged_safetensors_file(tmp_path, published, damage):
 def test_bad_offsets_name_the_tensor(tmp_path, published, name):
     file = tmp_path / "model.safetensors"
     file.write_bytes(DAMAGE[name]((published[0] / "model.safetensors").read_bytes()))
-    with pytest.raises(ValueError, match=r"tensor transformer\.wpe\.weight .*fetch it again"):
+    with pytest.raises(ValueError, match=r"tensor transformer\.wpe\.weight .*damaged or cut short"):
         GPT.from_pretrained(file)
 
 
@@ -322,19 +321,25 @@ class Bomb:
 
 @pytest.mark.parametrize(
     ("file", "damage"),
-    [("pytorch_model.bin", d) for d in ("cut", "text", "empty", "bomb")]
-    + [("model.pt", d) for d in ("cut", "text", "bomb")],
+    [("pytorch_model.bin", d) for d in ("cut", "text", "empty", "bomb", "pointer")]
+    + [("model.pt", d) for d in ("cut", "text", "bomb")]
+    + [("model.safetensors", "text"), ("model.safetensors", "pointer")],
 )
 def test_refuses_a_damaged_pickle(tmp_path, monkeypatch, published, file, damage):
-    """A .bin or .pt that is cut, not one at all, or would run code: an error that names it, and nothing runs."""
+    """A .bin or .pt that is cut, not one at all, or would run code: an error that names it, what it is and what to do,
+    and nothing runs. A pointer is what git clone leaves without git-lfs."""
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+    says = dict(cut="damaged or cut short", empty="damaged or cut short", bomb="wants to import ")
+    says |= dict(text="neither safetensors nor written by torch.save", pointer="`git lfs pull`")
     monkeypatch.chdir(tmp_path)
     path = tmp_path / file
     torch.save({"wte.weight": Bomb()} if damage == "bomb" else load_file(published[0] / "model.safetensors"), path)
     if damage != "bomb":
-        path.write_bytes({"cut": path.read_bytes()[:-5000], "text": b"not found", "empty": b""}[damage])
+        contents = {"cut": path.read_bytes()[:-5000], "text": b"not found", "empty": b"", "pointer": pointer}
+        path.write_bytes(contents[damage])
     with pytest.raises(ValueError) as error:
         GPT.from_pretrained(path)
-    assert str(path) in str(error.value) and "\n" not in str(error.value)
+    assert str(path) in str(error.value) and says[damage] in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "bomb-went-off").exists()
 
 
@@ -418,8 +423,12 @@ def test_refuses_another_vocabulary(tmp_path):
     """A model and a tokenizer that do not belong together: both numbers, and what to give."""
     tiny().save_pretrained(tmp_path)
     assert GPT.from_pretrained(tmp_path, vocab_size=37).config == TINY
-    with pytest.raises(ValueError, match="has a vocabulary of 37, the tokenizer one of 38: give the --tokenizer"):
+    with pytest.raises(ValueError, match="has a vocabulary of 37, the tokenizer one of 38: no tokenizer here fits"):
         GPT.from_pretrained(tmp_path, vocab_size=38)
+    n = get_tokenizer("toy").n_vocab
+    tiny(GPTConfig(**vars(TINY) | dict(vocab_size=n))).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"vocabulary of {n}, the tokenizer one of 50257: give --tokenizer=toy"):
+        GPT.from_pretrained(tmp_path, vocab_size=50257)
 
 
 def test_folder_without_weights(tmp_path):
@@ -514,7 +523,9 @@ def test_nonsense_sizes(tmp_path, name, value):
 def test_model_config_that_is_none(tmp_path, config):
     torch.save({"model": tiny().state_dict(), "model_config": config}, tmp_path / "x.pt")
     for load in (load_checkpoint, GPT.from_pretrained):
-        refused_at_once(lambda load=load: load(tmp_path / "x.pt"), "x.pt: wanted vocab_size, n_positions", "got")
+        ours = load == load_checkpoint and not isinstance(config, dict)
+        says = ["x.pt is no checkpoint of train.py"] if ours else ["x.pt: wanted vocab_size, n_positions", "got"]
+        refused_at_once(lambda load=load: load(tmp_path / "x.pt"), *says)
 
 
 @pytest.mark.parametrize(
@@ -779,9 +790,8 @@ def test_padded_vocabulary(tmp_path, capsys, n, tied):
 @pytest.mark.parametrize(("n", "tokens"), [(50305, 50257), (50256, 50257), (50304, 50300), (40, 37)])
 def test_other_vocabularies_are_refused(tmp_path, n, tokens):
     tiny(GPTConfig(**vars(TINY) | dict(vocab_size=n))).save_pretrained(tmp_path)
-    with pytest.raises(
-        ValueError, match=f"has a vocabulary of {n}, the tokenizer one of {tokens}: give the --tokenizer"
-    ):
+    hint = "give --tokenizer=gpt2" if n == 50304 else "no tokenizer here fits"
+    with pytest.raises(ValueError, match=f"has a vocabulary of {n}, the tokenizer one of {tokens}: {hint}"):
         GPT.from_pretrained(tmp_path, vocab_size=tokens)
 
 
@@ -1076,7 +1086,10 @@ def test_main_is_left_alone(hub):
     assert is_the_model(hub) and hub.seen == []
 
 
-@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+LATER = pytest.mark.skipif(sys.version_info < (3, 11), reason="urllib of Python 3.10 does not follow a 308")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, pytest.param(308, marks=LATER)])
 @pytest.mark.parametrize("to", ["/new-owner/gpt2/resolve/main/x", "{endpoint}/mirror/gpt2?a=b%20c"])
 def test_redirects(hub, status, to):
     """A renamed repository answers 307 to its new path, a mirror 308 to another address, before the hub's own 302."""
@@ -1099,9 +1112,13 @@ def test_endpoint_with_a_slash(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", hub.endpoint + "/")
     assert is_the_model(hub) and hub.seen == [FIRST, SECOND]
     monkeypatch.setenv("HF_ENDPOINT", "")
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     shutil.rmtree(hub.folder)
-    with pytest.raises(ConnectionError, match=f"https://huggingface.co{FIRST} "):
+
+    def refuse(*_):
+        raise OSError("refused")
+
+    monkeypatch.setattr(weights, "download", refuse)
+    with pytest.raises(ConnectionError, match=rf"https://huggingface.co{FIRST} could not be fetched \(refused\)\. Put"):
         GPT.from_pretrained("gpt2")
 
 
@@ -1453,9 +1470,7 @@ def test_no_network(tmp_path, monkeypatch):
 def test_offline_mode(hub, monkeypatch, tmp_path, value):
     """HF_HUB_OFFLINE as the hub's library reads it: nobody is asked, the error says why, and a cached file loads."""
     monkeypatch.setenv("HF_HUB_OFFLINE", value)
-    with pytest.raises(
-        ConnectionError, match=f"gpt2: {hub.url} could not be fetched .HF_HUB_OFFLINE is set.. Put it"
-    ):
+    with pytest.raises(ConnectionError, match=f"^HF_HUB_OFFLINE is set, but {hub.folder / CACHED} is not there: unset"):
         GPT.from_pretrained("gpt2")
     assert hub.seen == [] and files(hub.folder) == []
     put_by_hand(tmp_path, hub.folder / CACHED)
