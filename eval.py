@@ -240,15 +240,15 @@ def cached(path, key, compute):
 def tuned_checkpoint(config):
     """(the tuned model's path, folder for results) that the settings mean."""
     ckpt = find(config.ckpt or Path(config.out_dir) / "best.pt")
-    return ckpt, ckpt.parent if ckpt.suffix == ".pt" else Path(config.out_dir)
+    return ckpt, ckpt.parent if ckpt.suffix.lower() == ".pt" else Path(config.out_dir)
 
 
 def find_models(config):
     """(checkpoint, base, folder for results) that the settings mean. Raises with one line what is missing."""
     ckpt, out = tuned_checkpoint(config)
-    if config.base and (ckpt.is_file() or ckpt.suffix != ".pt"):
+    if config.base and (ckpt.is_file() or ckpt.suffix.lower() != ".pt"):
         return str(ckpt), config.base, out
-    saved = load_checkpoint(ckpt) if ckpt.suffix == ".pt" else {}
+    saved = load_checkpoint(ckpt) if ckpt.suffix.lower() == ".pt" else {}
     if not saved:
         raise ValueError(f"{ckpt} is no checkpoint of train.py, so what is it to be compared with? Give --base")
     base = str(saved.get("config", {}).get("init_from", "scratch"))
@@ -494,7 +494,7 @@ def saved_settings(flags):
     """Without a config file, the settings of the checkpoint that --ckpt names: those that say what is measured and how.
     No file says where something is written, or which code is run."""
     ckpt = find(flags.get("ckpt", ""))
-    if ckpt.suffix != ".pt":
+    if ckpt.suffix.lower() != ".pt":
         return {}
     saved = load_checkpoint(ckpt).get("config", {})
     if saved.get("scorer", "ngram") not in SCORERS and "scorer" not in flags:
