@@ -28,6 +28,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -43,6 +44,7 @@ os.environ |= dict(HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE="1")  # noth
 
 import tiktoken.registry  # noqa: E402
 import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
 import data_gen  # noqa: E402
@@ -913,6 +915,7 @@ def watch_inputs(name, target, seed, n):
             if not (pid := os.fork()):
                 with ExitStack() as stack:
                     stack.callback(os._exit, 1)
+                    tqdm.set_lock(threading.RLock())
                     try_inputs(name, target, seed, start, n, lambda line: told.write(line + "\n"), now)
                     told.flush()
                     os._exit(0)
@@ -957,6 +960,7 @@ def input_rows(n, seed, folder, only=None):
 def in_child(script, argv, before=None):
     """What a child does: the script, with a short closing and, for data_gen.py, a base that can paraphrase."""
     train.CLOSING = evaluation.CLOSING = CLOSING
+    tqdm.set_lock(threading.RLock())  # its own is shared by all children, and one that is killed never lets go
     if script == "data_gen.py":
         quick = parrot()
         GPT.generate = lambda *args: time.sleep(0.01) or quick(*args)
