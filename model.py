@@ -107,6 +107,21 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class LoRA(nn.Module):
+    """A linear layer, frozen, plus a product of low rank that is trained: W x + b + alpha / rank B A x (Hu et al. 2021,
+    arXiv 2106.09685). B starts at 0, so that at first nothing has changed."""
+
+    def __init__(self, linear, rank, alpha):
+        super().__init__()
+        self.linear, self.scale = linear.requires_grad_(False), alpha / rank
+        a = torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features)
+        self.lora_a = nn.Parameter(a.to(linear.weight.device))
+        self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+
+    def forward(self, x):
+        return self.linear(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
+
+
 class GPT(nn.Module):
     """GPT-2. `model(idx)` gives the logits of all positions; `sequence_nll` the scores that the objectives use."""
 
@@ -136,6 +151,19 @@ class GPT(nn.Module):
 
     def num_parameters(self):
         return sum(p.numel() for p in self.parameters())
+
+    def add_lora(self, rank, alpha, targets="all"):
+        """Freeze all weights, and put LoRA around the matrices of every block: 'all', 'attn' or 'mlp'."""
+        self.requires_grad_(False)
+        parts = ("attn", "mlp") if targets == "all" else (targets,)
+        for module in [getattr(block, part) for block in self.transformer.h for part in parts]:
+            for name, linear in list(module.named_children()):
+                setattr(module, name, LoRA(linear, rank, alpha))
+
+    def trained_state(self):
+        """The state dict of what is trained: LoRA's matrices alone if there are any."""
+        state = self.state_dict()
+        return {k: v for k, v in state.items() if ".lora_" in k} or state
 
     def hidden(self, idx, pos, pack=None, cache=None):
         """Last hidden states of tokens idx at positions pos: (B, T) -> (B, T, C), or packed (N,) -> (N, C)."""
@@ -298,6 +326,7 @@ class GPT(nn.Module):
         with torch.device("meta"), Uninitialised():  # shapes only: memory comes with the tensors, once they are checked
             model = cls(GPTConfig(**shape))
         copy_weights(model, tensors, str(name_or_path))
+        model.source = str(name_or_path)
         return model
 
     def save_pretrained(self, folder):

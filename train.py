@@ -44,6 +44,7 @@ from engine.run import (
     versions,
     write_json,
 )
+from engine.weights import lora_record
 from loss import contrastive_perplexity, language_modelling
 from measures import Setup, open_setup, report
 from measures.groups import scores
@@ -227,7 +228,10 @@ def validation_line(step, cost, m):
 
 def save(run, name, **more):
     """A checkpoint of tensors and plain types, written atomically."""
-    state = dict(model=run.model.state_dict(), model_config=asdict(run.model.config), step=run.step)
+    state = dict(model=run.model.trained_state(), model_config=asdict(run.model.config), step=run.step)
+    if run.config.lora_rank:
+        scale = run.config.lora_alpha / run.config.lora_rank
+        state["lora"] = lora_record(run.base.source, run.base.state_dict(), scale)
     state |= dict(config=asdict(run.config), tokenizer=run.config.tokenizer, **more)
     atomic_write(run.out / name, lambda f: torch.save(state, f))
 
@@ -275,7 +279,8 @@ def set_up(config):
     setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
     model = setup.models["model"]
     batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
-    base = copy.deepcopy(model).requires_grad_(False)
+    shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA leaves the weights as they are
+    base = copy.deepcopy(model, shared).requires_grad_(False)
     if config.objective == "cp" and config.anchor_kl + config.anchor_nll:
         with setup.amp():
             texts, starts = sample_harmless(base, setup.tokenizer, setup.scorer, config, groups["train"])
@@ -284,6 +289,9 @@ def set_up(config):
     if config.freeze_embeddings:
         model.transformer.wte.requires_grad_(False)  # the output head too: it is tied
         model.transformer.wpe.requires_grad_(False)
+    if config.lora_rank:
+        torch.manual_seed(config.seed)
+        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
     scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
     run = Run(config, out, setup, model, base, make_optimizer(model, config), scaler, batches, held_out, groups)
     if saved:
@@ -301,11 +309,12 @@ def set_up(config):
     if not saved:
         (out / "best.pt").unlink(missing_ok=True)
         run.log = Log(out / "log.jsonl", records=[])
-    compiled = try_compile(run)
+    compiled, trained = try_compile(run), sum(p.numel() for p in model.parameters() if p.requires_grad)
     some = [batches[i] for i in range(5)]
     tokens = sum(b.tokens for b in some) / len(some) * config.grad_accum
     what = f"groups of {config.n_pos} + {config.n_neg}" if config.objective == "cp" else "documents"
     print(f"compile      {compiled}")
+    print(f"trained      {trained / 1e6:.2f} M of {base.num_parameters() / 1e6:.1f} M parameters")
     print(f"steps        {config.max_steps} of {config.batch_size} x {config.grad_accum} {what}", end="")
     print(f", some {tokens:,.0f} scored tokens each")
     settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"

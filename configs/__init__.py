@@ -102,6 +102,9 @@ class Config:
     weight_decay: float = _optimiser(0.0, "on matrices only; 0 disables", low=0)
     grad_clip: float = _optimiser(1.0, "largest gradient norm; 0 disables", low=0)
     freeze_embeddings: bool = _optimiser(False, "hold token and position embeddings still")
+    lora_rank: int = _optimiser(0, "train LoRA matrices of this rank in place of the weights; 0: the weights", low=0)
+    lora_alpha: float = _optimiser(16.0, "what LoRA adds is scaled by alpha / rank", above=0)
+    lora_targets: str = _optimiser("all", "which matrices of a block get them", among="all attn mlp")
 
     scorer: str = _measure("ngram", "judge of toxicity: ngram, module:function, or file:SCORES.jsonl (eval.py)", ALL)
     eval_interval: int = _measure(50, "steps between validations; 0: first and last step only", "train", low=0)

@@ -37,13 +37,13 @@ def restore(model, optimizer, scaler, saved, path):
     """Put a saved state into a model, its AdamW and its scaler, whose settings (lr, weight decay, ...) stay. Raises
     ValueError with one line if it is that of another model."""
     params = [p for group in optimizer.param_groups for p in group["params"]]
-    moments, mine = saved["optimizer"].get("state"), model.state_dict()
+    moments, mine = saved["optimizer"].get("state"), model.trained_state()
     if {k: v.shape for k, v in saved["model"].items()} != {k: v.shape for k, v in mine.items()}:
         raise ValueError(f"{path} is a model of another size: give the --init_from that this run began with")
     fits = isinstance(moments, dict) and set(moments) in (set(), set(range(len(params))))
     if not (fits and all(_fits(moments[i], params[i]) for i in moments)):
         raise ValueError(f"{path} is damaged, its optimizer's state is not this model's: start in another --out_dir")
-    model.load_state_dict(saved["model"])
+    model.load_state_dict(saved["model"], strict=False)
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
     if saved["scaler"].keys() == scaler.state_dict().keys():  # not if the run goes on in another dtype
         scaler.load_state_dict(saved["scaler"])

@@ -7,6 +7,7 @@ anything larger than the file is allocated.
 
 import http.client
 import json
+import math
 import mmap
 import os
 import pickle
@@ -51,7 +52,8 @@ def load_checkpoint(path):
     if not isinstance(saved, dict) or "model" not in saved or not isinstance(saved.get("model_config"), dict):
         raise ValueError(f"{path} is no checkpoint of train.py: give best.pt or last.pt of a run")
     tensors, config, step = _ours(saved["model"], path), saved.get("config", {}), saved.get("step", 0)
-    _check_shape(saved["model_config"], _told(tensors, path), path)
+    if "lora" not in saved:
+        _check_shape(saved["model_config"], _told(tensors, path), path)
     if type(step) is not int or step < 0:
         raise ValueError(f"{path}: step wants a whole number of at least 0, got {step!r:.60}: give another checkpoint")
     entries = config.items() if type(config) is dict else [(None, None)]
@@ -65,7 +67,10 @@ def load_weights(source):
     source, path = str(source), Path(source)
     file = _find_published(source) if source in PUBLISHED else _find_local(path)
     safe = file.suffix.lower() in (".safetensors", ".json")
-    shape, tensors = (None, _read(file)) if safe else _unwrap(_read_torch(file, mmap=True), file)
+    saved = None if safe else _read_torch(file, mmap=True)
+    if isinstance(saved, dict) and "lora" in saved:
+        return _merge_lora(saved, file)
+    shape, tensors = (None, _read(file)) if safe else _unwrap(saved, file)
     told, config = _told(tensors, file), file.parent / "config.json"
     if shape is None and config.is_file():
         shape, file = _read_shape(config), config
@@ -283,6 +288,33 @@ def _unwrap(saved, file):
         if isinstance(saved.get(key), dict):
             saved = saved[key]
     return shape, _ours(saved, file)
+
+
+def lora_record(base, tensors, scale):
+    """What a checkpoint of LoRA's matrices says of the rest: the base's name or path, and a sum to know it again by."""
+    return dict(base=str(Path(base).resolve()) if Path(base).exists() else base, scale=scale, sum=_sum(tensors))
+
+
+def _sum(tensors):
+    return tensors["transformer.h.0.attn.c_attn.weight"].double().sum().item()
+
+
+def _merge_lora(saved, file):
+    """(shape, tensors) of the base that a checkpoint of LoRA's matrices names, with these added. Raises ValueError."""
+    lora, ours = saved["lora"], _ours(saved.get("model"), file)
+    try:
+        shape, tensors = load_weights(lora["base"])
+        same = math.isclose(_sum(tensors), lora["sum"], rel_tol=1e-6, abs_tol=1e-6)
+        names = [k.removesuffix(".lora_b") for k in ours if k.endswith(".lora_b")]
+        added = {f"{k}.weight": lora["scale"] * (ours[f"{k}.lora_b"] @ ours[f"{k}.lora_a"]) for k in names}
+        merged = {k: tensors[k].float() + x for k, x in added.items()}
+    except (KeyError, TypeError, RuntimeError, AttributeError) as e:
+        raise ValueError(f"{file} holds LoRA that fits no model: give best.pt or last.pt of a run") from e
+    except (FileNotFoundError, ValueError) as e:
+        raise ValueError(f"{file} holds LoRA for {lora['base']}, which cannot be loaded: {first_line(e)}") from e
+    if not same:
+        raise ValueError(f"{file} holds LoRA for another {lora['base']} than is there now: put the old one back")
+    return shape, tensors | merged
 
 
 def _ours(table, file):
