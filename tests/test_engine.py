@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -102,30 +103,32 @@ def test_first_line(e, want):
     assert first_line(e) == want
 
 
-@pytest.fixture
+@contextmanager
 def small_files():
-    """No file may grow beyond 1,000 bytes, as on a full disk."""
+    """No file may grow beyond 1,000 bytes, as on a full disk. Nothing of pytest's own may be written meanwhile."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 @pytest.mark.parametrize("size", [500, 2_000, 100_000])
-def test_no_room(tmp_path, small_files, size):
+def test_no_room(tmp_path, size):
     """A checkpoint that does not fit is one line with its path, nothing half stays, and the old one is whole. torch
     says it by an OSError or by a RuntimeError, depending on where the file ends."""
     path = tmp_path / "x.pt"
     path.write_bytes(b"old")
-    with pytest.raises(OSError, match=r"x\.pt cannot be written \(File too large\): make room") as e:
+    with pytest.raises(OSError, match=r"x\.pt cannot be written \(File too large\): make room") as e, small_files():
         atomic_write(path, lambda f: torch.save(dict(a=torch.zeros(size)), f))
     assert "\n" not in str(e.value) and path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.pt"]
 
 
-def test_no_room_for_the_log(tmp_path, small_files):
+def test_no_room_for_the_log(tmp_path):
     log = Log(tmp_path / "log.jsonl")
-    with pytest.raises(OSError, match=r"log\.jsonl cannot be written \(File too large\)"):
+    with pytest.raises(OSError, match=r"log\.jsonl cannot be written \(File too large\)"), small_files():
         log.write(*({"step": i} for i in range(100)))
     whole = Log(log.path).records  # the line that was cut is dropped
     assert whole == [{"step": i} for i in range(len(whole))] and 50 < len(whole) < 100
