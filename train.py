@@ -140,7 +140,11 @@ def fit(run):
                 save(run, "last.pt", best=run.best, **state)
             if due:
                 m = run.base_measures if step == 0 else validate(run, run.model)
-                cost = m["val_nll"] if config.objective == "lm" else report.selection_cost(m, run.base_measures)
+                cost = (
+                    m["val_nll"]
+                    if config.objective == "lm"
+                    else report.selection_cost(m, run.base_measures, config.price)
+                )
                 run.log.write(dict(step=step, split="val", cost=cost, **m))
                 bar.write(validation_line(step, cost, m))
                 if step and (run.best is None or cost < run.best["cost"]):
@@ -409,6 +413,12 @@ def close(run, began):
     summary["seconds"] = seconds = time.time() - began
     write_json(run.out / "summary.json", summary)
     print(f"\nbase: {c.init_from} | tuned: {best}, step {run.best['step']} of {c.max_steps}")
+    if run.best["step"] < c.max_steps:
+        last = [r["cost"] for r in run.log.records if r["split"] == "val"][-1]
+        print(
+            f"what came after step {run.best['step']} cost more than it gained, by --price={c.price:g}: cost ", end=""
+        )
+        print(f"{run.best['cost']:.3g} there, {last:.3g} at the end")
     print("\n".join(told))
     print(f"\n{seconds:.0f} s in all" + (f", {speed:,.0f} scored tokens per second of training" if speed else ""))
     print(f"written to {run.out}: {', '.join(WRITTEN)}")

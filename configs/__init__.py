@@ -109,6 +109,7 @@ class Config:
     scorer: str = _measure("ngram", "judge of toxicity: ngram, module:function, or file:SCORES.jsonl (eval.py)", ALL)
     eval_interval: int = _measure(50, "steps between validations; 0: first and last step only", "train", low=0)
     eval_groups: int = _measure(40, "groups or documents that a validation scores", "train", low=1)
+    price: float = _measure(1.0, "best.pt has least toxicity + price * what it costs in language", "train", low=0)
     eval_samples: int = _measure(100, "samples of each kind, free and prompted, per validation", "train", low=1)
     k: int = _measure(25, "samples per prompt; of data_gen, per seed and round", ALL, low=1)
     sample_tokens: int = _measure(20, "longest sample, tokens", low=1)

@@ -202,10 +202,9 @@ def held(folder, others=False):
             raise ValueError(f"{folder} is in use by process {owner}: wait for it, or give another --out_dir") from e
         except OSError:  # a file system without locks
             pass
-        with _writing(folder):
-            lock.truncate(0)
-            lock.write(f"{os.getpid()} on {platform.node()}")
-            lock.flush()
+        with _writing(folder):  # without a buffer, which would be written again when the file is closed
+            os.truncate(lock.fileno(), 0)
+            os.write(lock.fileno(), f"{os.getpid()} on {platform.node()}".encode())
         for part in [*folder.glob("*.tmp"), *folder.glob("eval/*.tmp")]:
             if re.search(PART, part.name):
                 part.unlink()

@@ -209,18 +209,18 @@ def _ratio(m, base, key):
     return x / y if x is not None and y else math.nan
 
 
-def selection_cost(m, base):
-    """What the best checkpoint has least of: toxicity plus its price beside the base, in one scale. m, base: `flat`.
+def selection_cost(m, base, price=1.0):
+    """What the best checkpoint has least of: toxicity plus `price` times what it cost in language. m, base: `flat`.
 
-    The mean of the two toxic fractions, plus the relative rise (in nats) of the positives' perplexity and of the
-    samples' perplexity under the base, plus the relative loss of dist-2. Word salad and silence both lose. After an
+    The mean of the two toxic fractions, and the relative rise (in nats) of the positives' perplexity and of the
+    samples' perplexity under the base, with the relative loss of dist-2. Word salad and silence both lose. After an
     insult the base expects another one, so that a decent continuation must surprise it: there, FREE is no price.
     """
     toxicity = (m["toxicity_fraction"] + m["toxicity_fraction_prompted"]) / 2
     free = dict(ppl_positive=1, sample_ppl_base=1, sample_ppl_base_prompted=FREE)
-    price = sum(math.log(max(_ratio(m, base, k) / factor, 1.0)) for k, factor in free.items())  # max(nan, 1) is nan
+    rise = sum(math.log(max(_ratio(m, base, k) / factor, 1.0)) for k, factor in free.items())  # max(nan, 1) is nan
     lost = max(1 - _ratio(m, base, "dist_2"), 0.0) if base["dist_2"] else 0.0  # one-word samples have no pairs to lose
-    cost = toxicity + price + lost
+    cost = toxicity + price * (rise + lost)
     return math.inf if math.isnan(cost) else cost  # nothing is below nan: it would stay the best
 
 

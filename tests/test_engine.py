@@ -104,10 +104,10 @@ def test_first_line(e, want):
 
 
 @contextmanager
-def small_files():
-    """No file may grow beyond 1,000 bytes, as on a full disk. Nothing of pytest's own may be written meanwhile."""
+def small_files(size=1000):
+    """No file may grow beyond `size` bytes, as on a full disk. Nothing of pytest's own may be written meanwhile."""
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     try:
         yield
     finally:
@@ -124,6 +124,12 @@ def test_no_room(tmp_path, size):
     with pytest.raises(OSError, match=r"x\.pt cannot be written \(File too large\): make room") as e, small_files():
         atomic_write(path, lambda f: torch.save(dict(a=torch.zeros(size)), f))
     assert "\n" not in str(e.value) and path.read_bytes() == b"old" and os.listdir(tmp_path) == ["x.pt"]
+
+
+def test_no_room_for_the_lock(tmp_path):
+    with pytest.raises(OSError, match=f"{tmp_path} cannot be written"), small_files(0):
+        with held(tmp_path):
+            pass
 
 
 def test_no_room_for_the_log(tmp_path):

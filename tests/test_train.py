@@ -292,6 +292,18 @@ def test_a_failing_scorer_costs_no_training(base, tmp_path, monkeypatch):
     assert state(out / "last.pt")["step"] == 6 and calls
 
 
+def test_the_price_chooses_the_checkpoint(base, tmp_path, monkeypatch, capsys):
+    """Language that gets dearer with each validation: the first is kept, and the run says why; if it is free, the
+    last."""
+    for price, best in ((2, 3), (0, 6)):
+        seen = []
+        cost = lambda m, base, price, seen=seen: seen.append(m) or price * len(seen) or -len(seen)
+        monkeypatch.setattr(report, "selection_cost", cost)
+        train.train(cp_config(base, tmp_path / f"{price}", f"--price={price}"))
+        said = "what came after step 3 cost more than it gained, by --price=2: cost 4 there, 6 at the end\n"
+        assert state(tmp_path / f"{price}/best.pt")["step"] == best and (said in capsys.readouterr().out) == (best == 3)
+
+
 def test_results_are_written_before_they_are_printed(base, tmp_path, monkeypatch):
     """An output that fails (a closed pipe, say) costs the words, not the numbers."""
 
@@ -523,6 +535,8 @@ def test_cost_and_warnings_know_word_salad():
     assert report.selection_cost(salad, base) == pytest.approx(0.05 + math.log(4))
     assert report.selection_cost(good | dict(ppl_positive=3.0), base) == pytest.approx(0.05 + math.log(1.5))
     assert report.selection_cost(good | dict(dist_2=0.3), base) == pytest.approx(0.55)
+    assert report.selection_cost(salad, base, price=0.1) == pytest.approx(0.05 + 0.1 * math.log(4))
+    assert report.selection_cost(salad, base, price=0) == pytest.approx(0.05)
     better = good | dict(ppl_positive=1.0, sample_ppl_base=1.0, sample_ppl_base_prompted=1.0, dist_2=0.9)
     assert report.selection_cost(better, base) == pytest.approx(0.05)  # nothing is earned back
     assert report.warnings(good, base) == [] and report.warnings(base, base) == []
