@@ -140,11 +140,8 @@ def fit(run):
                 save(run, "last.pt", best=run.best, **state)
             if due:
                 m = run.base_measures if step == 0 else validate(run, run.model)
-                cost = (
-                    m["val_nll"]
-                    if config.objective == "lm"
-                    else report.selection_cost(m, run.base_measures, config.price)
-                )
+                lm = config.objective == "lm"
+                cost = m["val_nll"] if lm else report.selection_cost(m, run.base_measures, config.price)
                 run.log.write(dict(step=step, split="val", cost=cost, **m))
                 bar.write(validation_line(step, cost, m))
                 if step and (run.best is None or cost < run.best["cost"]):
