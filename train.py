@@ -412,10 +412,8 @@ def close(run, began):
     print(f"\nbase: {c.init_from} | tuned: {best}, step {run.best['step']} of {c.max_steps}")
     if run.best["step"] < c.max_steps:
         last = [r["cost"] for r in run.log.records if r["split"] == "val"][-1]
-        print(
-            f"what came after step {run.best['step']} cost more than it gained, by --price={c.price:g}: cost ", end=""
-        )
-        print(f"{run.best['cost']:.3g} there, {last:.3g} at the end")
+        costs = f"cost {run.best['cost']:.3g} there, {last:.3g} at the end"
+        print(f"what came after step {run.best['step']} cost more than it gained, by --price={c.price:g}: {costs}")
     print("\n".join(told))
     print(f"\n{seconds:.0f} s in all" + (f", {speed:,.0f} scored tokens per second of training" if speed else ""))
     print(f"written to {run.out}: {', '.join(WRITTEN)}")
