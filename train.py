@@ -410,10 +410,6 @@ def close(run, began):
     summary["seconds"] = seconds = time.time() - began
     write_json(run.out / "summary.json", summary)
     print(f"\nbase: {c.init_from} | tuned: {best}, step {run.best['step']} of {c.max_steps}")
-    if run.best["step"] < c.max_steps:
-        last = [r["cost"] for r in run.log.records if r["split"] == "val"][-1]
-        costs = f"cost {run.best['cost']:.3g} there, {last:.3g} at the end"
-        print(f"what came after step {run.best['step']} cost more than it gained, by --price={c.price:g}: {costs}")
     print("\n".join(told))
     print(f"\n{seconds:.0f} s in all" + (f", {speed:,.0f} scored tokens per second of training" if speed else ""))
     print(f"written to {run.out}: {', '.join(WRITTEN)}")
@@ -432,6 +428,11 @@ def close_cp(run, tuned):
     sizes = dict(groups=f"{len(run.groups['test'])}", free=f"{CLOSING}", prompted=f"{CLOSING} x 1")
     more = f"python eval.py --ckpt={shlex.quote(str(run.out / 'best.pt'))}"
     lines = [f"toxic: {c.scorer} > 0.5 | more, with intervals: {more}\n"]
+    if "last" in columns:
+        last = [r["cost"] for r in run.log.records if r["split"] == "val"][-1]
+        costs = f"cost {run.best['cost']:.3g} there, {last:.3g} at the end"
+        past = f"what came after step {run.best['step']} cost more than it gained, by --price={c.price:g}: {costs}"
+        lines.insert(0, past)
     lines += [report.closing_table(columns, sizes), report.format_samples(shown)]
     summary, told = {title: report.flat(places) for title, places in columns.items()}, []
     for title in [t for t in columns if t != "base"]:

@@ -169,6 +169,8 @@ class Config:
             raise ValueError("variant=released works only with distance=abs: leave distance, or take variant=paper")
         if self.objective == "cp" and self.init_from == "scratch":
             raise ValueError("objective=cp tunes a model: init_from must name one, not 'scratch' (or --objective=lm)")
+        if self.lora_rank and self.init_from == "scratch":
+            raise ValueError("lora_rank adds to a model: init_from must name one, not 'scratch' (or --lora_rank=0)")
 
 
 SETTINGS = {f.name: f for f in fields(Config)}
@@ -256,8 +258,8 @@ def load_config(script, argv=None, start=None, said=""):
     """
     parser = argparse.ArgumentParser(prog=f"{script}.py", allow_abbrev=False, add_help=False)
     parser.add_argument("config", nargs="?")
-    value = lambda message: re.sub(r"argument (--\w+): expected one argument", r"\1 wants a value: \1=...", message)
-    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {one_line(value(message))}\n")  # without the usage
+    plain = lambda message: re.sub(r"argument (--\w+): expected one argument", r"\1 wants a value: \1=...", message)
+    parser.error = lambda message: parser.exit(2, f"{parser.prog}: {one_line(plain(message))}\n")  # without the usage
     for name in SETTINGS:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS)
     words = list(sys.argv[1:] if argv is None else argv)

@@ -1,8 +1,9 @@
 # Contrastive perplexity on GPT-2 (124 M parameters), with the groups that ship (data/detox). A GPU with 6 GB, or a
 # patient CPU with 8 GB. Chosen on a 30 M-parameter stand-in, not on GPT-2 itself (configs/README.md has the runs
 # and what was tried): few steps, because most of the toxicity goes in the first ones and WikiText pays
-# for the others. What to expect: toxic continuations fall by about four fifths, also after decent beginnings; the
-# positives become likelier; WikiText's perplexity rises by 5 %; samples surprise the base more, and the run may warn.
+# for the others. What to expect, by runs with the groups as they were before their negatives were made coarser: toxic
+# continuations fall by about four fifths, also after decent beginnings; the positives become likelier; WikiText's
+# perplexity rises by 5 %; samples surprise the base more, and the run may warn.
 out_dir = "out/gpt2_cp"
 init_from = "gpt2"
 tokenizer = "gpt2"

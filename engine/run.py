@@ -160,8 +160,11 @@ class Log:
 
 
 def append(path, text):
-    with _writing(path), open(path, "a", encoding="utf-8") as f:
-        f.write(text)
+    """Add text to a file, which is made if it is missing, and its folder. OSError in one line."""
+    with _writing(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(text)
 
 
 # ---- a run's folder ------------------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 import numpy as np
 
 from data.prompts import answer, closing_tokens, few_shot, prompt_for
-from measures.samples import continue_prompts, decode, tell
+from measures.samples import continue_prompts, decode, first_three, tell
 from measures.statistics import rouge_l
 
 
@@ -18,7 +18,7 @@ def rewrite(model, tokenizer, groups, sentences, config, seed, what="rewriting")
     room, budgets = model.config.n_positions - 1, [8 + int(1.5 * size(s)) for s in sentences]
     fits = [i for i, begin in enumerate(begins) if size(begin) + budgets[i] <= room]
     if long := [repr(s[:60]) for i, s in enumerate(sentences) if i not in fits]:
-        tell(f"too long to be rewritten: {', '.join(long[:3])}" + (f" and {len(long) - 3} more" if long[3:] else ""))
+        tell(f"too long to be rewritten: {first_three(long)}")
     budget = max((budgets[i] for i in fits), default=0)  # tokens of the longest rewrite
     chosen = np.random.default_rng([config.seed, 4]).permutation(len(groups))[: config.shots]
     shots = [(groups[i].negatives[0], groups[i].positives[0]) for i in chosen]

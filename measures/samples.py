@@ -82,13 +82,17 @@ def fitting(prompts, tokenizer, room, where=None):
     sizes = [1 + len(tokenizer.encode_ordinary(p)) for p in prompts]
     long = dict.fromkeys((p, n) for p, n in zip(prompts, sizes, strict=True) if n > room)
     named = [f"{(where or {}).get(p) or repr(p[:60])} ({n} tokens)" for p, n in long]
-    told = ", ".join(named[:3]) + (f" and {len(named) - 3} more" if named[3:] else "")
+    told = first_three(named)
     if prompts and min(sizes) > room:
         wanted = f"wanted a prompt of at most {room} tokens"
         raise ValueError(f"{wanted}, got {told}: shorten them, or lower --sample_tokens")
     if long:
         tell(f"prompts left out, since there is room for {room} tokens: {told}")
     return [p for p, n in zip(prompts, sizes, strict=True) if n <= room]
+
+
+def first_three(names):
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
 
 
 @cache

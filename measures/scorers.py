@@ -90,8 +90,7 @@ class Scorer:
 
     def _append(self, texts, scores):
         records = [dict(text=text, score=score) | self.whose for text, score in zip(texts, scores, strict=True)]
-        lines = "\n" * self.open_end + "".join(json.dumps(r) + "\n" for r in records)
-        (append if self.path.exists() else atomic_write)(self.path, lines)  # the latter makes the folder
+        append(self.path, "\n" * self.open_end + "".join(json.dumps(r) + "\n" for r in records))
         self.open_end = False
 
 

@@ -9,6 +9,7 @@ from test_train import assert_same, base, cp_config, quick_closing, records, sta
 from transformers import GPT2LMHeadModel
 
 import train
+from configs import Config
 from model import GPT
 
 LORA = ["--lora_rank=4", "--lr=1e-2"]
@@ -75,6 +76,11 @@ def test_resume_is_exact(base, tmp_path):
     train.train(cp_config(base, tmp_path / "parts", *LORA, "--resume"))
     assert_same(state(tmp_path / "whole/last.pt")["model"], state(tmp_path / "parts/last.pt")["model"])
     assert records(tmp_path / "whole") == records(tmp_path / "parts")
+
+
+def test_there_must_be_something_to_add_to():
+    with pytest.raises(ValueError, match="lora_rank adds to a model: init_from must name one, not 'scratch'"):
+        Config(objective="lm", init_from="scratch", lora_rank=4)
 
 
 def another_base(saved, base):

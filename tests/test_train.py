@@ -660,7 +660,7 @@ def test_the_toy_bases_closing_is_perplexity_and_three_samples(tmp_path, capsys)
         assert summary[side] == {"val_nll": pytest.approx(nll, rel=1e-6), "val_ppl": math.exp(summary[side]["val_nll"])}
     base, tuned = (summary[side]["val_ppl"] for side in ("base", "tuned"))
     assert f"validation perplexity: base {base:.2f}, tuned {tuned:.2f}\n" in closing and tuned < base / 2
-    assert "toxic" not in closing and "warnings" not in summary
+    assert "toxic" not in closing and "--price" not in closing and "warnings" not in summary
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
     tokenizer, model = data.get_tokenizer("toy"), GPT.from_pretrained(tmp_path / "best.pt")
     _, rows = continue_prompts(model, tokenizer, ["", "", ""], config, 1)
