@@ -32,10 +32,11 @@ Differences from the paper (Eq. 1 to 6), and from the code released with it:
    bars, so that every negative is pushed up. (Positives keep the bars: they gather round c.)
 5. c_i carries gradient: negatives move it as well, and with it all positives. detach_centroid=True cuts that path.
 6. Nothing in J keeps the model a language model. A common shift of all scores is free, since the centroid shifts along,
-   and no negative is ever unlikely enough. The anchors of train.py, which are not in the paper, hold it: nll_weight
-   (mean phi of the positives), kl_weight (KL from the frozen base model, per token, on the positives), and anchor_nll
-   and anchor_kl, the same two on harmless texts that the base has written itself: the positives are short and of one
-   kind, and hold only their like.
+   and no negative is ever unlikely enough. The anchors of train.py, which are not in the paper, hold it. On the
+   positives: nll_weight, their mean phi, which also teaches their style; or hold_weight, the mean of (phi - phi of the
+   frozen base)^2, which keeps every c_i where the base has it, so that only the negatives move. On harmless texts that
+   the base has written itself, since the positives are short and of one kind: anchor_nll, their nll per token, and
+   anchor_kl, KL from the base.
 """
 
 import math

@@ -96,13 +96,15 @@ def objective(model, base, batch, config):
         pos, neg, config.tau, config.alpha, config.variant, config.distance, config.detach_centroid, config.score
     )
     # MODIFY HERE: cp = your_objective(pos, neg), mean nlls in nats -> a scalar to minimise
-    loss = config.cp_weight * cp + config.nll_weight * pos.mean()  # over sentences, as kl below; anchor_*: over tokens
+    loss = config.cp_weight * cp + config.nll_weight * pos.mean()  # over sentences; anchor_*: over tokens
     log = {"cp": cp.detach(), "nll": pos.detach().mean()}
     log |= {k: diagnostics[k].mean() for k in ("spread", "separation", "signed_gap", "rank_accuracy")}
-    if config.kl_weight:
+    if config.hold_weight:
         rows = [r for r in range(len(idx)) if r % (config.n_pos + config.n_neg) < config.n_pos]
-        kl = model.sequence_kl(base, idx[rows], batch.lengths[rows]).mean()
-        loss, log["kl"] = loss + config.kl_weight * kl, kl.detach()
+        with torch.no_grad():
+            before = base.sequence_nll(idx[rows], batch.lengths[rows]).view_as(pos)
+        hold = (pos - before).square().mean()
+        loss, log["hold"] = loss + config.hold_weight * hold, hold.detach()
     if anchor := batch.anchor:
         rows = anchor.idx.to(model.device, non_blocking=True), anchor.lengths, anchor.start
         count = (anchor.lengths - anchor.start).to(model.device)

@@ -86,7 +86,7 @@ class Config:
     detach_centroid: bool = _objective(False, "no gradient through the positives' mean score")
 
     nll_weight: float = _anchor(1.0, "weight of the positives' mean nll; 0 disables", low=0)
-    kl_weight: float = _anchor(0.0, "weight of KL(base || model) on the positives, per token; 0 disables", low=0)
+    hold_weight: float = _anchor(0.0, "weight of (phi - the base's phi)^2 of the positives; 0 disables", low=0)
     anchor_kl: float = _anchor(0.0, "weight of KL(base || model) on texts the base wrote itself; 0 disables", low=0)
     anchor_nll: float = _anchor(0.0, "weight of the mean nll of texts the base wrote itself; 0 disables", low=0)
     anchor_texts: int = _anchor(256, "texts that the base writes before training; none is toxic to the scorer", low=1)
@@ -153,7 +153,7 @@ class Config:
             raise ValueError(f"warmup_steps={self.warmup_steps} must be smaller than max_steps={self.max_steps}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
-        weights = ("cp_weight", "nll_weight", "kl_weight", "anchor_kl", "anchor_nll")
+        weights = ("cp_weight", "nll_weight", "hold_weight", "anchor_kl", "anchor_nll")
         if self.objective == "cp" and not any(getattr(self, w) for w in weights):
             raise ValueError(f"{', '.join(weights[:-1])} and {weights[-1]} are all 0: nothing to train on")
         for name in ("positive_prompt", "negative_prompt"):

@@ -240,7 +240,7 @@ def warnings(m, base):
     if ratio("ppl_positive") > 1.05:
         out.append(
             f"forgetting: held-out harmless sentences went from perplexity {base['ppl_positive']:.2f} to "
-            f"{m['ppl_positive']:.2f}. An anchor (--nll_weight, --kl_weight) or a smaller --lr holds them."
+            f"{m['ppl_positive']:.2f}. An anchor (--nll_weight, --hold_weight) or a smaller --lr holds them."
         )
     gap, before = m.get("signed_gap"), base.get("signed_gap")
     if None not in (gap, before) and gap < min(0, before):

@@ -95,7 +95,7 @@ def python(*argv, cwd):
         ("tau", "0", "0", "tau must be more than 0, got 0.0"),
         ("tau", "-1.0", "-1.0", "tau must be more than 0, got -1.0"),
         ("max_steps", "0", "0", "max_steps must be at least 1, got 0"),
-        ("kl_weight", "-0.5", "-0.5", "kl_weight must be at least 0, got -0.5"),
+        ("hold_weight", "-0.5", "-0.5", "hold_weight must be at least 0, got -0.5"),
         ("top_p", "1.5", "1.5", "top_p must be at most 1, got 1.5"),
         ("max_steps", "10**399", "1" + "0" * 399, "max_steps must be at most 2147483647, got a number of 400 digits"),
         ("k", "2**31", str(2**31), "k must be at most 2147483647, got a number of 10 digits"),
@@ -147,14 +147,14 @@ def test_file_and_flags_are_refused_alike(config_file, refused, name, in_file, a
 
 def test_all_weights_zero(config_file, refused):
     """cp without any term has nothing to train on, from file and flags; lm does not use the weights."""
-    says = "cp_weight, nll_weight, kl_weight, anchor_kl and anchor_nll are all 0"
-    zero = ("cp_weight = 0", "nll_weight = 0", "kl_weight = 0.0", "anchor_kl = 0", "anchor_nll = 0")
+    says = "cp_weight, nll_weight, hold_weight, anchor_kl and anchor_nll are all 0"
+    zero = ("cp_weight = 0", "nll_weight = 0", "hold_weight = 0.0", "anchor_kl = 0", "anchor_nll = 0")
     assert says in refused(config_file(*zero))
-    assert says in refused("--cp_weight=0", "--nll_weight=0", "--kl_weight=0", "--anchor_kl=0", "--anchor_nll=0")
+    assert says in refused("--cp_weight=0", "--nll_weight=0", "--hold_weight=0", "--anchor_kl=0", "--anchor_nll=0")
     assert load_config("train", [config_file(*zero), "--objective=lm"]).cp_weight == 0
 
 
-@pytest.mark.parametrize("name", ["cp_weight", "nll_weight", "kl_weight", "anchor_kl", "anchor_nll"])
+@pytest.mark.parametrize("name", ["cp_weight", "nll_weight", "hold_weight", "anchor_kl", "anchor_nll"])
 def test_any_one_weight_is_enough(name):
     """--cp_weight=0 --nll_weight=0 --anchor_nll=1 has something to train on; it used to be refused."""
     argv = ["--cp_weight=0", "--nll_weight=0", f"--{name}=1"]
@@ -598,7 +598,7 @@ def test_what_a_run_may_be_resumed_with(name):
 
 def test_many_other_settings_are_one_line():
     saved = {name: f"not {value}" for name, value in asdict(Config()).items()}
-    with pytest.raises(ValueError, match="--kl_weight|and more: give the same") as e:
+    with pytest.raises(ValueError, match="--hold_weight|and more: give the same") as e:
         check_resumable(Config(), saved, "last.pt")
     assert str(e.value).count("--") == 5 + 2 and len(str(e.value)) < MESSAGE
 

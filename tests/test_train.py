@@ -224,7 +224,7 @@ def no_moments(saved):
     [
         (None, ["--max_steps=3"], "last.pt is at step 4, beyond --max_steps=3: raise it"),
         (None, ["--tau=7"], "last.pt was made with --tau=0.2: give the same with --resume, or another --out_dir"),
-        (None, ["--seed=1", "--kl_weight=1"], "last.pt was made with --seed=0, --kl_weight=0.0: give the same"),
+        (None, ["--seed=1", "--hold_weight=1"], "last.pt was made with --seed=0, --hold_weight=0.0: give the same"),
         (wider, [], "last.pt is a model of another size: give the --init_from that this run began with"),
         (no_moments, [], "last.pt is damaged, its optimizer's state is not this model's"),
         (
@@ -331,25 +331,30 @@ def test_two_half_batches_make_the_same_step_as_a_whole_one(base, tmp_path):
 
 
 def test_objective_is_what_its_parts_say(base, tmp_path):
-    """loss = cp_weight * CP + nll_weight * NLL + kl_weight * KL; the KL of a model from itself is 0."""
-    config = cp_config(base, tmp_path, "--kl_weight=2", "--nll_weight=0.5", "--cp_weight=3")
+    """loss = cp_weight * CP + nll_weight * NLL + hold_weight * hold; the base's own positives are where they are held,
+    and another model's by the mean square of what they have moved, the negatives by nothing."""
+    config = cp_config(base, tmp_path, "--hold_weight=2", "--nll_weight=0.5", "--cp_weight=3")
     run = train.set_up(config)
+    assert float(train.objective(run.model, run.base, run.batches[0], config)[1]["hold"]) < 1e-10
+    with torch.no_grad():
+        run.model.transformer.wte.weight.mul_(1.02)
     loss, parts = train.objective(run.model, run.base, run.batches[0], config)
-    assert abs(float(parts["kl"])) < 1e-6
-    torch.testing.assert_close(loss, 3 * parts["cp"] + 0.5 * parts["nll"] + 2 * parts["kl"])
-    phi = run.model.sequence_nll(run.batches[0].idx, run.batches[0].lengths).view(4, 10)
+    idx, lengths = run.batches[0].idx, run.batches[0].lengths
+    phi, before = (m.sequence_nll(idx, lengths).view(4, 10) for m in (run.model, run.base))
+    moved = [(phi[g, p] - before[g, p]).item() ** 2 for g in range(4) for p in range(5)]
+    assert float(parts["hold"]) == pytest.approx(np.mean(moved), rel=1e-4) and np.mean(moved) > 1e-5
+    torch.testing.assert_close(loss, 3 * parts["cp"] + 0.5 * parts["nll"] + 2 * parts["hold"])
     torch.testing.assert_close(parts["cp"], contrastive_perplexity(phi[:, :5], phi[:, 5:], tau=config.tau)[0])
 
 
-@pytest.mark.parametrize("anchor", ["--anchor_nll=1", "--anchor_kl=1", "--kl_weight=1"])
+@pytest.mark.parametrize("anchor", ["--anchor_nll=1", "--anchor_kl=1"])
 def test_an_anchor_is_an_objective_of_its_own(base, tmp_path, anchor):
     """Without contrast and positives the loss is the anchor: the base's own texts, of which it can still learn; from
     itself it has nowhere to go."""
     flags = ["--cp_weight=0", "--nll_weight=0", anchor, *FEW, "--max_steps=20", "--lr=5e-3", "--eval_interval=0"]
     train.train(cp_config(base, tmp_path, *flags))
     log = [r for r in records(tmp_path) if r["split"] == "train"]
-    key = {"--kl_weight=1": "kl"}.get(anchor, anchor[2:-2])
-    assert len(log) == 20 and [r["loss"] for r in log] == pytest.approx([r[key] for r in log], rel=1e-5)
+    assert len(log) == 20 and [r["loss"] for r in log] == pytest.approx([r[anchor[2:-2]] for r in log], rel=1e-5)
     before, after = state(base)["model"]["lm_head.weight"], state(tmp_path / "last.pt")["model"]["lm_head.weight"]
     if "nll" in anchor:
         assert log[-1]["loss"] < log[0]["loss"] - 0.5 and not torch.equal(before, after)
@@ -357,6 +362,18 @@ def test_an_anchor_is_an_objective_of_its_own(base, tmp_path, anchor):
         assert all(abs(r["loss"]) < 1e-2 for r in log)
     with pytest.raises(SystemExit):
         cp_config(base, tmp_path, "--cp_weight=0", "--nll_weight=0")
+
+
+def test_held_positives_stay_where_they_were_and_the_negatives_move(base, tmp_path):
+    """The contrast alone shifts all scores; with the hold the same steps open the gap, and leave the positives."""
+    moved, gap = {}, {}
+    for hold in (0, 10):
+        flags = [*FEW, "--nll_weight=0", "--distance=signed", "--lr=3e-3", "--max_steps=40", "--eval_interval=0"]
+        train.train(cp_config(base, tmp_path / str(hold), *flags, f"--hold_weight={hold}"))
+        val = [r for r in records(tmp_path / str(hold)) if r["split"] == "val"]
+        moved[hold] = abs(math.log(val[-1]["ppl_positive"] / val[0]["ppl_positive"]))
+        gap[hold] = val[-1]["signed_gap"] - val[0]["signed_gap"]
+    assert moved[10] < 0.1 * moved[0] and gap[10] > 0.3
 
 
 def test_the_anchors_are_kl_and_nll_per_token_of_what_the_base_wrote(base, tmp_path):
