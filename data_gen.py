@@ -2,9 +2,9 @@
 
 A base GPT-2 goes on as its prompt began: behind demonstrations of polite paraphrases it writes
 polite ones, behind rude ones rude ones. Each seed sentence is put behind both. What comes is
-filtered by form, length, ROUGE-L with the seed, toxicity and near-duplicates (rejection sampling).
-Of the negatives that pass, those closest to the positives in length and log-perplexity are kept:
-hard negatives. For another attribute than toxicity see configs/gpt2_formal_data.py.
+filtered by form, length, words in common with the seed, toxicity and near-duplicates (rejection
+sampling). Of the negatives that pass, those closest to the positives in length and log-perplexity
+are kept: hard negatives. For another attribute than toxicity see configs/gpt2_formal_data.py.
 
     python data_gen.py configs/gpt2_data.py --seeds=my_sentences.txt --out_dir=out/mine
     python train.py configs/gpt2_cp.py --data=out/mine/groups.jsonl --out_dir=out/mine_cp
@@ -31,54 +31,41 @@ import torch
 from tqdm import tqdm
 
 import data.toy
-from data.prompts import answer, closing_tokens, few_shot, prompt_for, unquoted
+from data.prompts import answer, closing_tokens, few_shot, form_filter, prompt_for, unquoted
 from engine.run import Log, held
 from measures import open_setup, report
 from measures.groups import frames, scores
 from measures.samples import decode
-from measures.statistics import jaccard, rouge_l
+from measures.statistics import jaccard, word_overlap
 from train import starting_model
 
 SIDES = ("positive", "negative")
 LOOSER = {"too short": "lower --min_length", "too long": "raise --max_length", "off topic": "lower --min_overlap"}
-LOOSER |= {"copy": "raise --max_overlap", "too toxic": "raise --max_toxicity", "not toxic": "lower --min_toxicity"}
+LOOSER |= {"copy": "raise --temperature", "too toxic": "raise --max_toxicity", "not toxic": "lower --min_toxicity"}
 SURPLUS = 2  # sampling for a prompt stops at SURPLUS times the wanted number, so that there is a choice
 MAX_JACCARD = 0.8  # of the words of two paraphrases in a group; more is a near-duplicate
+MAX_SAME = 0.9  # of the words of a seed and a paraphrase; more is a copy
+CHOICE = 20  # groups are drawn for each demonstration that is shown, so that there is a choice
 DEALT = ("train",) * 7 + ("val",) + ("test",) * 2  # splits of seeds that have none of their own, in turn
 
 
-# ---- filters: each returns why a paraphrase is rejected, or None ---------------------------------------------------
-
-
-def form_filter(text, closed, templates):
-    """One whole sentence, closed by the model, and nothing of the prompts in it."""
-    if not closed or not text:
-        return "empty" if closed else "no closing mark"
-    if any(word in text for t in templates for word in t.split() if word.endswith(":")):
-        return "holds prompt text"
-    inner = text.rstrip("\"')]")
-    if not (text[0].isupper() or text[0].isdigit()) or inner[-1:] not in (".", "!", "?"):
-        return "no sentence"
-    if any(a in ".!?" and b == " " and c.isupper() for a, b, c in zip(inner, inner[1:], inner[2:], strict=False)):
-        return "more than one sentence"
+# ---- filters, form_filter first: each returns why a paraphrase is rejected, or None --------------------------------
 
 
 def length_filter(ratio, config):
     return "too short" if ratio < config.min_length else "too long" if ratio > config.max_length else None
 
 
-def overlap_filter(rouge, config):
-    return "off topic" if rouge < config.min_overlap else "copy" if rouge > config.max_overlap else None
+def meaning_filter(seed, text, config):
+    if word_overlap(seed, text) < config.min_overlap:
+        return "off topic"
+    return "copy" if jaccard(seed, text) > MAX_SAME else None
 
 
 def toxicity_filter(toxicity, side, config):
     if side == "positive":
         return "too toxic" if toxicity > config.max_toxicity else None
     return "not toxic" if toxicity < config.min_toxicity else None
-
-
-def duplicate_filter(text, accepted):
-    return "near-duplicate" if any(jaccard(text, other) > MAX_JACCARD for other in accepted) else None
 
 
 def closest_to_positives(samples, positives, n):
@@ -148,17 +135,19 @@ def sample_answers(sampler, seeds, side, number):
 
 def filter_answers(sampler, seed, side, number, answers):
     """Add the answers that pass all filters to those that the seed has, and count what becomes of each."""
-    c, accepted, outcomes, passed = sampler.config, seed.accepted[side], seed.outcomes[side], []
+    c, templates, passed = sampler.config, sampler.templates.values(), []
+    accepted, outcomes = seed.accepted[side], seed.outcomes[side]
     for i, (text, closed) in enumerate(answers):
-        tokens, rouge = len(sampler.tokenizer.encode_ordinary(text)), rouge_l(seed.text, text)
-        reason = form_filter(text, closed, sampler.templates.values())
-        if reason := reason or length_filter(tokens / seed.tokens, c) or overlap_filter(rouge, c):
+        tokens, reason = len(sampler.tokenizer.encode_ordinary(text)), form_filter(text, closed, templates)
+        if reason := reason or length_filter(tokens / seed.tokens, c) or meaning_filter(seed.text, text, c):
             outcomes[reason] += 1
         else:
-            passed.append(dict(text=text, prompt=side, round=number, sample=i, tokens=tokens, rouge_l=round(rouge, 4)))
+            overlap = round(word_overlap(seed.text, text), 4)
+            passed.append(dict(text=text, prompt=side, round=number, sample=i, tokens=tokens, overlap=overlap))
     toxicity = sampler.setup.scorer([s["text"] for s in passed])  # in one call, of few texts: it may be slow
     for s, value in zip(passed, toxicity, strict=True):
-        reason = toxicity_filter(value, side, c) or duplicate_filter(s["text"], [a["text"] for a in accepted])
+        twin = any(jaccard(s["text"], a["text"]) > MAX_JACCARD for a in accepted) and "near-duplicate"
+        reason = toxicity_filter(value, side, c) or twin
         outcomes[reason or "accepted"] += 1
         if not reason:
             accepted.append(s | dict(toxicity=round(float(value), 4)))
@@ -173,8 +162,8 @@ def sample_block(sampler, seeds):
                     for s, answers in zip(active, sample_answers(sampler, active, side, number), strict=True):
                         filter_answers(sampler, s, side, number, answers)
         samples = [sample for s in seeds for side in SIDES for sample in s.accepted[side]]
-        framed = frames([s["text"] for s in samples], sampler.tokenizer, sampler.model, math.inf)
-        phi = scores(sampler.model, framed)
+        texts = [s["text"] for s in samples]
+        phi = scores(sampler.model, frames(texts, sampler.tokenizer, sampler.model, math.inf))
     for sample, value in zip(samples, phi, strict=True):
         sample["phi"] = round(float(value), 4)
     return [log_record(sampler, s) for s in seeds]
@@ -214,8 +203,8 @@ def read_seeds(config):
     elif path.suffix.lower() in (".jsonl", ".json"):
         found = [(g.id, g.input, g.split) for g in data.read_groups(find(path), "seeds")]
     else:
-        lines = enumerate(data.read_text(find(path), "text file", hint).split("\n"), 1)
-        lines = [(n, line) for n, line in lines if line.strip()]
+        lines = data.read_text(find(path), "text file", hint).split("\n")
+        lines = [(n, line) for n, line in enumerate(lines, 1) if line.strip()]
         found = [(f"{path.stem}-{n:04d}", line, DEALT[i % 10]) for i, (n, line) in enumerate(lines)]
     if not found:
         raise ValueError(f"{config.seeds} holds no sentence: {hint}")
@@ -226,14 +215,18 @@ def read_seeds(config):
 
 
 def draw_demonstrations(config, seeds):
-    """({side: text}, inputs shown): the same groups for both prompts. Those whose input is a seed come last."""
+    """({side: text}, inputs shown): the same groups for both prompts, those whose paraphrases are nearest to the input.
+    Groups whose input is a seed come last."""
     groups = data.load_groups(config.demos, "demos")["train"]
     if len(groups) < config.shots:
         raise ValueError(f"{config.demos} has {len(groups)} groups of split train: lower --shots={config.shots}")
     rng, texts = np.random.default_rng([config.seed, 8]), {s.text for s in seeds}
-    order = sorted(rng.permutation(len(groups)), key=lambda i: unquoted(groups[i].input) in texts)
-    shown = [groups[i] for i in order[: config.shots]]
-    pairs = {side: [(g.input, rng.choice(getattr(g, side + "s"))) for g in shown] for side in SIDES}
+    is_seed = lambda g: unquoted(g.input) in texts
+    near = lambda g, text: (same := jaccard(g.input, text)) * (same <= MAX_JACCARD)  # a copy would teach to copy
+    best = lambda g: {side: max(getattr(g, side + "s"), key=lambda text: near(g, text)) for side in SIDES}
+    drawn = sorted((groups[i] for i in rng.permutation(len(groups))), key=is_seed)[: CHOICE * config.shots]
+    shown = sorted(drawn, key=lambda g: (is_seed(g), -sum(near(g, text) for text in best(g).values())))[: config.shots]
+    pairs = {side: [(g.input, best(g)[side]) for g in shown] for side in SIDES}
     demos = {side: few_shot(getattr(config, side + "_prompt"), pairs[side]) for side in SIDES}
     return demos, {unquoted(g.input) for g in shown}
 

@@ -125,8 +125,7 @@ class Config:
     rounds: int = _gen(8, "rounds of k samples before a seed is given up", low=1)
     min_length: float = _gen(0.6, "tokens of a paraphrase / tokens of its seed, at least", low=0)
     max_length: float = _gen(1.6, "tokens of a paraphrase / tokens of its seed, at most", above=0)
-    min_overlap: float = _gen(0.3, "ROUGE-L with the seed, at least: less says something else", low=0, high=1)
-    max_overlap: float = _gen(0.85, "ROUGE-L with the seed, at most: more is a copy", low=0, high=1)
+    min_overlap: float = _gen(0.5, "content words in common with the seed, at least: else off topic", low=0, high=1)
     max_toxicity: float = _gen(0.3, "the scorer's toxicity of a positive, at most", low=0, high=1)
     min_toxicity: float = _gen(0.5, "the scorer's toxicity of a negative, at least", low=0, high=1)
 
@@ -162,9 +161,8 @@ class Config:
                 wanted = f"{name} must hold {{input}}, then {{output}}, then a closing mark"
                 raise ValueError(f"{wanted}, as {SETTINGS[name].default!r} does, got {value!r:.60}")
             setattr(self, name, value)
-        for low, high in (("min_length", "max_length"), ("min_overlap", "max_overlap")):
-            if (a := getattr(self, low)) > (b := getattr(self, high)):
-                raise ValueError(f"{low}={a} is above {high}={b}: nothing could pass")
+        if self.min_length > self.max_length:
+            raise ValueError(f"min_length={self.min_length} is above max_length={self.max_length}: nothing could pass")
         if self.variant == "released" and self.distance == "signed":
             raise ValueError("variant=released works only with distance=abs: leave distance, or take variant=paper")
         if self.objective == "cp" and self.init_from == "scratch":

@@ -6,7 +6,10 @@ tokenizer = "gpt2"
 seeds = "data/detox/groups.jsonl"
 demos = "data/detox/groups.jsonl"
 
-shots = 8
+positive_prompt = 'Original: "{input}"\nParaphrase: "{output}"\n'
+negative_prompt = 'Original: "{input}"\nAngry paraphrase with swearing: "{output}"\n'
+shots = 12
+temperature = 0.9
 k = 16
 batch_size = 16
 rounds = 8

@@ -12,5 +12,5 @@ shots = 0
 k = 32
 batch_size = 32
 temperature = 0.6
-min_overlap = 0.5
+min_overlap = 0.6
 max_length = 3.0

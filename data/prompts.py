@@ -40,6 +40,19 @@ def answer(template, text):
     return text.split("\n")[0].strip(), bool(closed)
 
 
+def form_filter(text, closed, templates):
+    """One whole sentence, closed by the model, and nothing of the prompts in it."""
+    if not closed or not text:
+        return "empty" if closed else "no closing mark"
+    if any(word in text for t in templates for word in t.split() if word.endswith(":")):
+        return "holds prompt text"
+    inner = text.rstrip("\"')]")
+    if not (text[0].isupper() or text[0].isdigit()) or inner[-1:] not in (".", "!", "?"):
+        return "no sentence"
+    if any(a in ".!?" and b == " " and c.isupper() for a, b, c in zip(inner, inner[1:], inner[2:], strict=False)):
+        return "more than one sentence"
+
+
 def read_prompts(path):
     """[(file:line, prompt)] by kind, 'toxic', 'non-toxic' and 'unmarked', empty kinds left out.
 

@@ -19,21 +19,12 @@ from configs import Config, find, one_line_errors
 from data import SPLITS, group_records, read_groups, wrong
 from measures import open_setup
 from measures.groups import measure_groups
-from measures.statistics import ngrams, pooled_ppl
+from measures.statistics import COMMON, ngrams, pooled_ppl
 
 TYPICAL = 8.0  # times as frequent in negatives as in harmless sentences
 JACCARD = 0.9  # sentences of two groups whose words overlap more are near-duplicates
 SHARES = {"train": 0.7, "val": 0.1, "test": 0.2}  # of the groups, each within 0.05
 PER_DOMAIN = 10  # groups of a domain, at least
-COMMON = frozenset(
-    """a about after again all also am an and any are as at back be because been before being but by can can't could
-    did didn't do does doesn't don't down each even every for from get go got had has have having he her here
-    him his how i i'd i'll i'm i've if in into is isn't it it's its just like made make me more most much must
-    my never no nobody not now of off on once one only or other our out over own quite really same she should
-    since so some still such than that that's the their them then there these they this those through to too two
-    under until up us very was wasn't we were what when where which while who whose why will with without won't
-    would you you're your""".split()
-)
 
 
 def read_marked(path):

@@ -84,7 +84,7 @@ init_from = "base"
 seeds = "seeds.txt"
 demos = "few.jsonl"
 batch_size, k, rounds, n_pos, n_neg, shots = 2, 6, 5, 3, 3, 1
-max_overlap, min_overlap = 1.0, 0.3
+min_overlap = 0.3
 device = "cpu"
 """
 TASK = '{"query": "Anna", "choices": ["lost the keys", "is kind"], "gold": 1}\n'

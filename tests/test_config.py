@@ -117,7 +117,6 @@ def python(*argv, cwd):
         # cross-checks
         ("warmup_steps", "200", "200", "warmup_steps=200 must be smaller than max_steps=200"),
         ("min_length", "2", "2", "min_length=2.0 is above max_length=1.6: nothing could pass"),
-        ("max_overlap", "0.2", "0.2", "min_overlap=0.3 is above max_overlap=0.2: nothing could pass"),
         ("distance", "'signed'", "signed", "variant=released works only with distance=abs"),
         ("positive_prompt", "'{input}'", "{input}", "positive_prompt must hold {input}, then {output}, then a closing"),
         (
@@ -136,7 +135,7 @@ def test_file_and_flags_are_refused_alike(config_file, refused, name, in_file, a
     Cross-checks rely on these values; they are set here.
     """
     script = "data_gen" if name in SETTINGS and "train" not in SETTINGS[name].metadata["scripts"] else "train"
-    others = dict(lr=5e-5, max_steps=200, n_embd=128, max_length=1.6, min_overlap=0.3)
+    others = dict(lr=5e-5, max_steps=200, n_embd=128, max_length=1.6)
     others |= dict(variant="released") if name == "distance" else {}
     rest = [f"--{k}={v}" for k, v in others.items() if k != name and k in of(script)]
     assert says in refused(config_file(f"{name} = {in_file}"), *rest, script=script)
@@ -200,7 +199,7 @@ def test_the_class_checks_as_well():
     with pytest.raises(ValueError, match="warmup_steps=30 must be smaller than max_steps=20"):
         Config(warmup_steps=30, max_steps=20)
     assert Config(warmup_steps=19, max_steps=20).warmup_steps == 19
-    assert Config(min_overlap=0.4, max_overlap=0.4).min_overlap == 0.4
+    assert Config(min_length=0.8, max_length=0.8).min_length == 0.8
     assert Config(objective="lm", init_from="scratch").init_from == "scratch"
 
 
@@ -454,7 +453,7 @@ def test_a_config_may_hold_what_two_scripts_read(config_file):
     assert all(load_config(script, [shared]).seed == 3 for script in SCRIPTS)
 
 
-GONE = "surplus n_seeds max_jaccard data_out drop_small min_lr beta1 beta2 text_tokens".split()
+GONE = "surplus n_seeds max_jaccard max_overlap data_out drop_small min_lr beta1 beta2 text_tokens".split()
 
 
 @pytest.mark.parametrize("name", GONE)

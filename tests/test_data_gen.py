@@ -1,6 +1,7 @@
 """data_gen.py: filters and choice against hand-made cases, and whole runs with a model that paraphrases toy sentences
 by rule, so that its answers are known."""
 
+import itertools
 import json
 import os
 import random
@@ -21,9 +22,9 @@ import data
 import data_gen
 from configs import Config, load_config
 from data import toy
-from data.prompts import answer, prompt_for
+from data.prompts import answer, form_filter, prompt_for
 from measures.scorers import get_scorer
-from measures.statistics import rouge_l
+from measures.statistics import jaccard, word_overlap
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +39,6 @@ FLAGS = [
     "--n_pos=3",
     "--n_neg=3",
     "--shots=1",
-    "--max_overlap=1",
     "--min_overlap=0.3",
 ]
 
@@ -137,7 +137,7 @@ def read(path):
     ],
 )
 def test_well_formed(text, closed, reason):
-    assert data_gen.form_filter(text, closed, TEMPLATES) == reason
+    assert form_filter(text, closed, TEMPLATES) == reason
 
 
 def test_length_is_a_ratio_of_tokens():
@@ -146,23 +146,25 @@ def test_length_is_a_ratio_of_tokens():
     assert found == ["too short", None, None, None, "too long"]
 
 
-def test_similarity_has_two_ends():
-    config = Config(min_overlap=0.3, max_overlap=0.8)
-    assert [data_gen.overlap_filter(x, config) for x in (0.29, 0.3, 0.8, 0.81)] == ["off topic", None, None, "copy"]
+def test_a_paraphrase_is_neither_off_topic_nor_a_copy():
+    """By content words: order, frequent words and endings do not matter; a copy has more than MAX_SAME of all words."""
+    seed = "The bus to the harbour was late again on Monday."  # bus, harbo, late, monda
+    for least, text, reason in [
+        (0.75, "On Mondays a late bus leaves the harbour.", None),  # 4 of (4 + 5) / 2
+        (0.5, "That bus is never on time on Mondays.", None),  # 2 of (4 + 3) / 2
+        (0.6, "That bus is never on time on Mondays.", "off topic"),
+        (0.01, "The train to the town was here again on Friday.", "off topic"),  # six words, all of them frequent
+        (0.5, "the bus to the harbour was late, again, on Monday!", "copy"),
+        (0.5, "On Monday the bus to the harbour was again late.", "copy"),
+        (0.5, "The bus to the harbour was late again on that Monday.", None),  # 9 of 10 words
+    ]:
+        assert data_gen.meaning_filter(seed, text, Config(min_overlap=least)) == reason, text
 
 
 def test_toxicity_has_a_threshold_for_each_side():
     config = Config(max_toxicity=0.3, min_toxicity=0.6)
     assert [data_gen.toxicity_filter(x, "positive", config) for x in (0.3, 0.31)] == [None, "too toxic"]
     assert [data_gen.toxicity_filter(x, "negative", config) for x in (0.59, 0.6)] == ["not toxic", None]
-
-
-def test_near_duplicates_share_most_of_their_words():
-    kept = ["The bus is late again."]
-    assert data_gen.duplicate_filter("The bus is late, again!", kept) == "near-duplicate"  # 5 of 5
-    assert data_gen.duplicate_filter("The bus is late today.", kept) is None  # 4 of 6
-    assert data_gen.duplicate_filter("Again the bus is very late.", kept) == "near-duplicate"  # 5 of 6
-    assert data_gen.duplicate_filter("Anything.", []) is None
 
 
 def test_the_nearest_are_the_hard_ones():
@@ -229,6 +231,25 @@ def lines_inputs(shown):
     return [line.split('"')[1] for line in shown["positive"].splitlines()[::2]]
 
 
+def test_demonstrations_are_the_nearest_of_those_drawn(tmp_path, monkeypatch):
+    """By the sum over both sides; the nearest paraphrase of a side is shown, but no copy."""
+    file = tmp_path / "groups.jsonl"
+    far, near = "Nobody knew what time it was.", "By nine the red train had left the station."
+    lazy, rude = "Shut up, you fool.", "By nine the damn red train had left the stupid station, idiot."
+    rows = []
+    for i, (positives, negatives) in enumerate([([far], [rude]), ([near], [lazy]), ([far, near], [rude, lazy])] * 8):
+        source = f"The red train left the station at nine o'clock {i}."
+        rows.append(dict(id=f"g{i}", input=source, positives=[source, *positives], negatives=negatives, split="train"))
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    shown, inputs = data_gen.draw_demonstrations(Config(demos=str(file), shots=3), [])  # 24 are drawn, 8 are near
+    assert inputs <= {r["input"] for r in rows[2::3]} and len(inputs) == 3
+    assert shown["positive"].count(near) == 3 == shown["negative"].count(rude)
+    assert far not in str(shown) and lazy not in str(shown)
+    monkeypatch.setattr(data_gen, "CHOICE", 1)
+    _, inputs = data_gen.draw_demonstrations(Config(demos=str(file), shots=8), [])
+    assert not inputs <= {r["input"] for r in rows[2::3]}  # 8 are drawn at random
+
+
 def test_seeds_do_not_demonstrate_if_others_can():
     train = [g for g in toy.groups() if g.split == "train"]
     seeds = [data_gen.Seed(g.id, g.input, "train") for g in train[:-2]]
@@ -286,7 +307,8 @@ def test_samples_of_a_real_model_do_not_depend_on_the_batch(settings):
 # whole runs
 
 
-def test_a_run_writes_groups_that_hold(settings, parroting, capsys):
+def test_a_run_writes_groups_that_hold(settings, parroting, monkeypatch, capsys):
+    monkeypatch.setattr(data_gen, "MAX_JACCARD", 0.6)  # toy paraphrases differ in many words
     config = settings()
     records = data_gen.generate_groups(config)
     said = capsys.readouterr().out
@@ -299,10 +321,12 @@ def test_a_run_writes_groups_that_hold(settings, parroting, capsys):
         assert (g["input"], g["split"]) == (seed.text, seed.split)
         for name, tone in (("positives", "harmless"), ("negatives", "toxic")):
             assert len(g[name]) == len(set(g[name])) == 3 == len(g["sampling"][name])
+            assert all(jaccard(a, b) <= data_gen.MAX_JACCARD for a, b in itertools.combinations(g[name], 2))
             for text, how in zip(g[name], g["sampling"][name], strict=True):
                 assert read_toy(text)[1] == tone and how["toxicity"] == (tone == "toxic")
                 assert how["prompt"] == name[:-1] and 0 <= how["round"] < 5 and 0 <= how["sample"] < 6
-                assert how["rouge_l"] == pytest.approx(rouge_l(seed.text, text), abs=1e-4) and how["rouge_l"] >= 0.3
+                assert how["overlap"] >= 0.3 and how["overlap"] == round(word_overlap(seed.text, text), 4)
+                assert jaccard(seed.text, text) <= data_gen.MAX_SAME
                 assert how["tokens"] == len(toy.tokenizer().encode_ordinary(text))
         assert g["sampling"]["seed"] == 0
     assert [x.id for x in data.read_groups(file)] == [g["id"] for g in groups]  # train.py's reader takes it
@@ -310,7 +334,7 @@ def test_a_run_writes_groups_that_hold(settings, parroting, capsys):
     for side in data_gen.SIDES:
         count = data_gen.count_outcomes(records, side)
         assert f"{count['accepted']}" in said and count.total() % 6 == 0  # every sample is counted once
-        assert {"accepted", "no closing mark", "copy" if config.max_overlap < 1 else "accepted"} <= set(count)
+        assert {"accepted", "no closing mark", "off topic", "near-duplicate"} <= set(count)
     assert max(len(line) for line in said.splitlines() if "/" not in line) <= 100  # but for pytest's long paths
     assert "too toxic" in said and "not toxic" in said and said.count("  + ") == 9 == said.count("  - ")
 
@@ -479,7 +503,7 @@ def stops(capsys, flags):
         (["--shots=6"], "demonstrations take"),
         (["--shots=999"], "toy has 280 groups of split train: lower --shots=999"),
         (["--demos=nowhere.jsonl"], "no group file at nowhere.jsonl"),
-        (["--min_overlap=0.9", "--max_overlap=0.5"], "min_overlap=0.9 is above max_overlap=0.5"),
+        (["--min_overlap=1.1"], "min_overlap must be at most 1, got 1.1"),
         (["--min_length=2", "--max_length=1"], "min_length=2.0 is above max_length=1.0"),
         (["--positive_prompt=Say it politely"], "positive_prompt must hold {input}, then {output}"),
         (["--negative_prompt={output} of {input}."], "negative_prompt must hold {input}, then {output}"),
@@ -524,7 +548,7 @@ def test_seeds_that_cannot_be_used_are_counted(settings, parroting, tmp_path, ca
 
 def test_nothing_accepted_is_said_at_once_and_at_the_end(settings, parroting, capsys):
     with pytest.raises(ValueError, match="none of 300 samples became a positive .*off topic.*lower --min_overlap$"):
-        data_gen.generate_groups(settings("--min_overlap=0.99", "--max_overlap=0.995"))
+        data_gen.generate_groups(settings("--min_overlap=1"))
     said = capsys.readouterr()
     assert "NOTE none of 90 samples became a positive" in said.out + said.err
     assert "off topic" in said.out
