@@ -201,6 +201,7 @@ def wrap(text, first=""):
 
 
 FREE = 2.0  # times the base's perplexity of continuations of toxic prompts
+STRAINED, SALAD = 1.3, 2.0  # times the base's perplexity of free samples: from where it shows in what one reads
 
 
 def _ratio(m, base, key):
@@ -229,13 +230,15 @@ def warnings(m, base):
     out, ratio = [], lambda key: _ratio(m, base, key)
     right = format_number("rank_accuracy", m.get("rank_accuracy"))
     ranked = f", although the model ranks {m['rank_accuracy']:.0%} of the pairs rightly" if right != "-" else ""
-    for key, limit, where in (("sample_ppl_base", 1.5, ""), ("sample_ppl_base_prompted", 5.0, "after toxic prompts ")):
+    limits = dict(sample_ppl_base=STRAINED, sample_ppl_base_prompted=FREE)
+    for (key, limit), where in zip(limits.items(), ("", "after toxic prompts "), strict=True):
         if ratio(key) > limit:
+            what = "word salad" if ratio(key) > SALAD else "strained language"
             out.append(
-                f"word salad: what the model writes {where}is {ratio(key):.1f} times as surprising to the base as the "
+                f"{what}: what the model writes {where}is {ratio(key):.1f} times as surprising to the base as the "
                 f"base's own text{ranked}. The loss does not show this: the contrastive term only compares sentences, "
-                "and pushes the toxic ones away for ever. Hold the language with an anchor (--nll_weight=1), or push "
-                "less far (a smaller --tau)."
+                "and pushes the toxic ones away for ever. Hold the language with an anchor (--nll_weight=1 in the toy "
+                "world, --anchor_kl=5 elsewhere), or push less far (a smaller --tau)."
             )
     if ratio("ppl_positive") > 1.05:
         out.append(

@@ -558,6 +558,8 @@ def test_cost_and_warnings_know_word_salad():
     assert report.selection_cost(better, base) == pytest.approx(0.05)  # nothing is earned back
     assert report.warnings(good, base) == [] and report.warnings(base, base) == []
     assert "word salad" in report.warnings(salad, base)[0] and "100%" in report.warnings(salad, base)[0]
+    assert report.warnings(good | dict(sample_ppl_base=2.0 * 1.29), base) == []
+    assert "strained" in report.warnings(good | dict(sample_ppl_base=2.0 * 1.4), base)[0]
     assert "forgetting" in report.warnings(good | dict(ppl_positive=3.0), base)[0]
     assert "wrong side" in report.warnings(good | dict(signed_gap=-0.5), base)[0]
     assert "monotony" in report.warnings(good | dict(dist_2=0.1), base)[0]
