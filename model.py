@@ -7,6 +7,7 @@ the published checkpoints, so that their weights go in by name. There is no drop
 Shapes: B sequences, T positions, C channels (n_embd), V vocabulary, N positions that are really used.
 """
 
+import copy
 import math
 from dataclasses import asdict, dataclass
 
@@ -50,10 +51,9 @@ class Attention(nn.Module):
         B, T, C3 = qkv.shape
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).unbind(2)  # each (B, T, nh, hs)
         if cache is not None:
-            keys, values, at, mask, shared = cache  # (B, Tmax, nh, hs) twice, (B, T), (B, 1, T, Tk), see _attend
-            rows = torch.arange(B, device=x.device)[:, None]
-            keys[rows, at], values[rows, at] = k, v
-            k, v = keys[:, : mask.size(-1)], values[:, : mask.size(-1)]
+            kept, where, mask, shared = cache  # (B, Tmax, 2, nh, hs), its rows and columns, (B, 1, T, Tk), see _attend
+            kept[where] = qkv.view(B, T, 3, self.n_head, -1)[:, :, 1:].to(kept.dtype)
+            k, v = kept[:, : mask.size(-1)].unbind(2)
         y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, shared)
         y = y.transpose(1, 2).reshape(B, T, C3 // 3)
         return self.c_proj(y if pack is None else y.view(B * T, -1).index_select(0, index))
@@ -77,7 +77,7 @@ def _attend_shared(q, k, v, mask, keys, values):
     keys, values, q = keys.to(q.dtype), values.to(q.dtype), q / math.sqrt(hs)
     flat = q.transpose(0, 1).reshape(nh, B * T, hs)
     before = (flat @ keys.transpose(1, 2)).view(nh, B, T, -1).transpose(0, 1)  # (B, nh, T, Tp)
-    own = (q @ k.transpose(2, 3)).masked_fill(~mask, -math.inf)  # (B, nh, T, Tk)
+    own = q @ k.transpose(2, 3) + mask  # (B, nh, T, Tk)
     p = torch.cat([before, own], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
     before, own = p.split([keys.size(1), k.size(2)], -1)
     y = (before.transpose(0, 1).reshape(nh, B * T, -1) @ values).view(nh, B, T, hs).transpose(0, 1)
@@ -191,17 +191,17 @@ class GPT(nn.Module):
         if lengths.shape != (B,) or lengths.min() < 2 or lengths.max() > T + 1:
             raise ValueError(f"lengths must be ({B},) in 2..{T + 1} (start token included), got {lengths.tolist()}")
         self.check_length(int(lengths.max()) - 1)
-        used = torch.arange(T, device=lengths.device) < lengths[:, None] - 1
-        index = used.flatten().nonzero()[:, 0].to(idx.device)  # (N,) into B*T
-        rows, cols = index // T, index % T
-        hidden = self.compiled_hidden or self.hidden
-        h, count = hidden(idx[rows, cols], cols, pack=(index, B, T, None)), (lengths - 1).to(idx.device)
-        if start is not None:
-            start = start.to(idx.device).clamp(min=1)
-            keep = cols + 1 >= start[rows]
-            h, rows, cols, count = h[keep], rows[keep], cols[keep], lengths.to(idx.device) - start
-            if (count < 1).any():
-                raise ValueError("nothing to score: `start` lies behind the end of a row")
+        lengths, start = lengths.cpu(), torch.ones(B).long() if start is None else start.cpu().clamp(min=1)
+        if (lengths <= start).any():
+            raise ValueError("nothing to score: `start` lies behind the end of a row")
+        rows, cols = (torch.arange(T) < lengths[:, None] - 1).nonzero().unbind(1)  # (N,) each
+        keep = (cols + 1 >= start[rows]).nonzero()[:, 0]
+        flat = torch.cat([rows, cols, keep, lengths - start])  # in one copy, pinned so that nothing waits for it
+        flat = (flat.pin_memory() if idx.is_cuda else flat).to(idx.device, non_blocking=True)
+        rows, cols, keep, count = flat.split([len(rows), len(rows), len(keep), B])
+        h = (self.compiled_hidden or self.hidden)(idx[rows, cols], cols, pack=(rows * T + cols, B, T, None))
+        if len(keep) < len(h):
+            h, rows, cols = (x.index_select(0, keep) for x in (h, rows, cols))
         return h, rows, cols, count
 
     def sequence_nll(self, idx, lengths, start=None):
@@ -260,29 +260,29 @@ class GPT(nn.Module):
         self.check_length(T + max_new_tokens + (prefix[0][0].size(1) if prefix else 0))
         if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
             raise ValueError(f"lengths must be ({B},) in 1..{T}, got {lengths.tolist()}")
-        device, R = idx.device, B * samples
+        device, R, V = idx.device, B * samples, self.config.vocab_size
         if not isinstance(generator, torch.Tensor):
             generator = torch.rand(R, max_new_tokens, 4, generator=generator)
         noise, lengths = generator.to(device), lengths.to(device)
         tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
-        count, running = tokens.new_zeros(R), torch.ones(R, dtype=torch.bool, device=device)
-        stops = torch.as_tensor([] if stop_token is None else stop_token, dtype=torch.long).view(-1).to(device)
-        weight = self.lm_head.weight.to(head.compute_dtype(self.lm_head.weight))
-        h, caches = self._read(idx, max_new_tokens, prefix)
+        running, ends = torch.ones(R, dtype=torch.bool, device=device), torch.zeros(V, dtype=torch.bool, device=device)
+        count, ends[[] if stop_token is None else stop_token] = tokens.new_zeros(R), True
+        weight = head.cast_weight(self.lm_head.weight)
+        net = self._cast(weight.dtype)
+        h, caches = net._read(idx, max_new_tokens, prefix)
         h = h[torch.arange(B, device=device), lengths - 1]
         if samples > 1:
             h, lengths = h.repeat_interleave(samples, 0), lengths.repeat_interleave(samples)
-            caches = [(k.repeat_interleave(samples, 0), v.repeat_interleave(samples, 0), p) for k, v, p in caches]
+            caches = [(kept.repeat_interleave(samples, 0), part) for kept, part in caches]
         for i in range(max_new_tokens):
-            logits = head.fp32_logits(h.to(weight.dtype), weight)  # (R, V)
+            logits = head.fp32_logits(h.to(weight.dtype), weight)[:, :V]  # (R, V)
             token = _sample(logits, temperature, top_k, top_p, noise[:, i])
-            tokens[running, i] = token[running]
-            count += running
-            running = running & ~torch.isin(token, stops)
-            if not running.any() or i == max_new_tokens - 1:
+            tokens[:, i] = token * running
+            count, running = count + running, running & ~ends[token]
+            if i == max_new_tokens - 1 or ((idx.is_cpu or i % 8 == 7) and not running.any()):  # to look is to wait
                 break
             # Row r's token sits at lengths[r] + i, over what was padding: no gap, no shifted position.
-            h = self._cached_hidden(token[:, None], (lengths + i)[:, None], caches, T + i + 1)[:, 0]
+            h = net._cached_hidden(token[:, None], (lengths + i)[:, None], caches, T + i + 1)[:, 0]
         return tokens, count
 
     @torch.no_grad()
@@ -290,23 +290,30 @@ class GPT(nn.Module):
         """What `generate` needs of T tokens that many prompts begin with: keys and values, [(k, v)] of (nh, T, hs)."""
         self.check_length(len(tokens))
         _, caches = self._read(torch.tensor([tokens], device=self.device))
-        return [(k[0].transpose(0, 1), v[0].transpose(0, 1)) for k, v, _ in caches]
+        return [tuple(kept[0, : len(tokens)].permute(1, 2, 0, 3)) for kept, _ in caches]
+
+    def _cast(self, dtype):
+        """A copy that shares all but the weights of the blocks' matrices: autocast casts a frozen one at every use."""
+        cast = {id(p): p.to(dtype) if ".h." in n and ".ln_" not in n else p for n, p in self.named_parameters()}
+        return copy.deepcopy(self, cast)
 
     def _read(self, idx, room=0, prefix=None):
         """Hidden states of tokens idx (B, T) behind the prefix, and caches with `room` more positions, one a block:
-        (keys, values, its part of the prefix or None), (B, T + room, nh, hs) each."""
-        (B, T), c = idx.shape, self.config
-        shape = (2, B, T + room, c.n_head, c.n_embd // c.n_head)  # keys and values
-        kind = dict(dtype=head.compute_dtype(self.lm_head.weight), device=self.device)
-        caches = [(*torch.zeros(shape, **kind), part) for part in prefix or [None] * c.n_layer]
+        (keys and values (B, T + room, 2, nh, hs), its part of the prefix or None)."""
+        (B, T), c, cpu = idx.shape, self.config, self.device.type == "cpu"
+        shape = (B, -(-(T + room) // 16) * 16, 2, c.n_head, c.n_embd // c.n_head)  # on a GPU masks are read by 16
+        dtype = torch.float32 if cpu else head.compute_dtype(self.lm_head.weight)  # as _attend computes
+        caches = [(torch.zeros(shape, dtype=dtype, device=self.device), part) for part in prefix or [None] * c.n_layer]
         return self._cached_hidden(idx, torch.arange(T, device=idx.device).expand(B, T), caches, T), caches
 
     def _cached_hidden(self, idx, at, caches, width):
         """Hidden states of tokens idx at positions `at`, (B, T) each, behind prefix and the first `width` of caches."""
-        mask = (torch.arange(width, device=idx.device) <= at[:, :, None])[:, None]  # (B, 1, T, width)
-        prefix = caches[0][2]
+        kept, prefix = caches[0]
+        mask = torch.where(torch.arange(kept.size(1), device=idx.device) > at[:, None, :, None], -math.inf, 0.0)
+        mask = mask.to(kept.dtype)[..., :width]  # (B, 1, T, width)
+        where = torch.arange(len(idx), device=idx.device)[:, None], at
         pos = at + prefix[0].size(1) if prefix else at
-        return self.hidden(idx, pos, cache=[(k, v, at, mask, part) for k, v, part in caches])
+        return self.hidden(idx, pos, cache=[(kept, where, mask, part) for kept, part in caches])
 
     # ------------------------------------------------------------------------------------------------------------
     # weights in and out
@@ -359,23 +366,31 @@ def _sample(logits, temperature, top_k, top_p, noise):
     """
     if temperature == 0:
         return logits.argmax(-1)
-    probs = (logits / temperature).softmax(-1)
+    probs = (logits / temperature if temperature != 1 else logits).softmax(-1)
     if top_k:
         probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.size(-1))).values[:, -1:], 0.0)
         probs = probs / probs.sum(-1, keepdim=True)
-    out = torch.empty(len(probs), dtype=torch.long, device=probs.device)
-    left, cdf = torch.arange(len(probs), device=probs.device), probs.cumsum(-1)
-    for u in noise.unbind(1):
-        token = torch.searchsorted(cdf, u[left, None] * cdf[:, -1:], right=True).clamp_(max=probs.size(-1) - 1)
-        likelier = probs.masked_fill(probs <= probs.gather(1, token), 0.0).sum(-1)
-        outside = (likelier >= top_p) & (top_p < 1)
-        out[left[~outside]] = token[~outside, 0]
-        left, probs, cdf = left[outside], probs[outside], cdf[outside]
-        if not len(left):
-            return out
-    probs, order = probs.sort(-1, descending=True)
     cdf = probs.cumsum(-1)
-    size = ((cdf - probs) < top_p).sum(-1, keepdim=True).clamp_(min=1)
-    pick = torch.searchsorted(cdf, noise[left, -1:] * cdf.gather(1, size - 1), right=True).minimum(size - 1)
-    out[left] = order.gather(1, pick)[:, 0]
-    return out
+    at = noise * cdf[:, -1:]
+    drawn = torch.searchsorted(cdf, at, right=True).clamp_(max=probs.size(-1) - 1)  # (B, R)
+    token = drawn[:, 0].clone()
+    if top_p >= 1:
+        return token
+    weigh = lambda x, p: torch.gt(x, p[:, None], out=torch.empty_like(x)).mul_(x).sum(-1)  # twice as fast as a mask
+    beyond = lambda x, tokens: torch.stack([weigh(x, p) >= top_p for p in x.gather(1, tokens).unbind(1)], 1)
+    left = beyond(probs, drawn[:, :1])[:, 0].nonzero()[:, 0]  # a GPU is waited for here and once more
+    outside = beyond(probs[left], drawn[left, 1:])
+    token[left] = drawn[left, 1:].gather(1, outside.int().argmin(1, keepdim=True))[:, 0]  # the first one inside
+    left = left[outside.all(1)]
+    if not len(left):
+        return token
+    probs, cdf, last, at = probs[left], cdf[left], drawn[left, -1:], at[left, -1:]
+    ranked, order = probs.sort(-1, descending=True)
+    mass = ranked.cumsum(-1)
+    size = ((mass - ranked) < top_p).sum(-1, keepdim=True).clamp_(min=1)
+    # The last draw as a new number: where it fell in the mass outside, for nothing more is known of it.
+    rest = probs.masked_fill(probs >= ranked.gather(1, size - 1), 0.0).cumsum(-1)
+    u = (rest.gather(1, last) - cdf.gather(1, last) + at) / rest[:, -1:]
+    pick = torch.searchsorted(mass, u.clamp(0, 1) * mass.gather(1, size - 1), right=True).minimum(size - 1)
+    token[left] = order.gather(1, pick)[:, 0]
+    return token

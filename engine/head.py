@@ -6,7 +6,8 @@ Shapes: N positions, C channels, V vocabulary. Logits exist for a chunk of posit
 import torch
 from torch.nn import functional as F
 
-CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, whatever N and V are
+CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, whatever N and V are; eight times as many on CUDA
+ALIGN = {"cuda": 64}  # rows of the weights, see cast_weight
 KEEP = 2**27  # numbers (N x V) kept for the backward pass; of more positions than that they are computed again
 
 
@@ -16,25 +17,34 @@ def compute_dtype(tensor):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
 
 
+def cast_weight(weight, dtype=None):
+    """weight (V, C) in the dtype of products, and rows of zeros up to a multiple of ALIGN: on a GPU half precision is
+    slow where the rows of its matrices, here 50257 logits each, do not begin at multiples of 16 bytes."""
+    more, weight = -len(weight) % ALIGN.get(weight.device.type, 1), weight.to(dtype or compute_dtype(weight))
+    return F.pad(weight, (0, 0, 0, more)) if more else weight
+
+
 def fp32_logits(h, weight):
     """h (N, C) @ weight.T (V, C) -> (N, V) in fp32, also where the product runs in half precision.
 
     GPT-2's raw logits sit at -35 to -100, where neighbouring bf16 numbers lie up to 0.5 apart, while the objective
     lives on differences of 0.1 nat. A half-precision product is accurate inside and only rounded on the way out, so
-    a second one fetches what the first rounded away.
+    a second one fetches what the first rounded away. On CUDA one product can leave the rounding out.
     """
+    if h.is_cuda and h.dtype != torch.float32:
+        return torch.mm(h, weight.t(), out_dtype=torch.float32)
     logits = h @ weight.t()
     if h.dtype == torch.float32:
         return logits
     return logits.float().add_(torch.addmm(logits, h, weight.t(), beta=-1))
 
 
-def logit_chunks(h, weight):
-    """Yields (slice of rows, their fp32 logits) of h (N, C), CHUNK numbers at a time. No gradients flow through it."""
-    n = max(1, CHUNK // weight.size(0))
+def logit_chunks(h, weight, V=None):
+    """Yields (slice of rows, their first V fp32 logits) of h (N, C), CHUNK numbers at a time, without gradients."""
+    n = max(1, CHUNK * (8 if h.is_cuda else 1) // weight.size(0))
     for i in range(0, len(h), n):
         rows = slice(i, i + n)
-        yield rows, fp32_logits(h[rows], weight)
+        yield rows, fp32_logits(h[rows], weight)[:, :V]
 
 
 def nll(h, weight, target):
@@ -59,9 +69,10 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx, h, weight, truth, weight_base, with_grad):
         ctx.dtype = compute_dtype(weight)
         keep = with_grad and any(ctx.needs_input_grad) and len(h) * len(weight) <= KEEP
-        kept = h.new_empty(len(h), len(weight), dtype=ctx.dtype) if keep else None
         with torch.autocast(h.device.type, enabled=False):
-            losses = _losses(*_cast(ctx.dtype, h, weight, truth, weight_base), kept)
+            h_, weight_, truth_, weight_base_ = _cast(ctx.dtype, h, weight, truth, weight_base)
+            kept = h_.new_empty(len(h), len(weight_)) if keep else None
+            losses = _losses(h_, weight_, truth_, weight_base_, len(weight), kept)
         ctx.save_for_backward(h, weight, truth, weight_base, kept)
         return losses
 
@@ -76,11 +87,11 @@ class _HeadLoss(torch.autograd.Function):
             for i in range(0, len(h), n):
                 rows, residual = slice(i, i + n), kept
                 if residual is None:
-                    residual = h_.new_empty(len(h_[rows]), len(weight))
-                    _losses(h_[rows], weight_, truth_[rows], weight_base_, residual)
+                    residual = h_.new_empty(len(h_[rows]), len(weight_))
+                    _losses(h_[rows], weight_, truth_[rows], weight_base_, len(weight), residual)
                 dh[rows] = residual @ weight_
                 if dweight is not None:
-                    dweight += (gh[rows].to(ctx.dtype).t() @ residual).t()
+                    dweight += (gh[rows].to(ctx.dtype).t() @ residual).t()[: len(weight)]
             if weight_base is None:  # q is one-hot: its part of the products is a row of the weights
                 dh -= weight[truth]
                 if dweight is not None:
@@ -89,20 +100,23 @@ class _HeadLoss(torch.autograd.Function):
         return dh, dweight, None, None, None
 
 
-def _cast(dtype, *tensors):
-    return [x.to(dtype) if x is not None and x.is_floating_point() else x for x in tensors]
+def _cast(dtype, h, weight, truth, weight_base):
+    truth, base = (truth, None) if weight_base is None else (truth.to(dtype), cast_weight(weight_base, dtype))
+    return h.to(dtype), cast_weight(weight, dtype), truth, base
 
 
-def _losses(h, weight, truth, weight_base, residual):
-    """Losses (N,), chunk by chunk. The softmax p (of KL: p - q) goes into residual (N, V) unless that is None."""
+def _losses(h, weight, truth, weight_base, V, residual):
+    """Losses (N,), chunk by chunk. The softmax p (of KL: p - q) goes into residual (N, V or more) unless it is None."""
     losses = []
-    for rows, logits in logit_chunks(h, weight):
+    if residual is not None:
+        residual[:, V:] = 0
+    for rows, logits in logit_chunks(h, weight, V):
         if weight_base is not None:
-            logp, logq = logits.log_softmax(-1), fp32_logits(truth[rows], weight_base).log_softmax(-1)
+            logp, logq = logits.log_softmax(-1), fp32_logits(truth[rows], weight_base)[:, :V].log_softmax(-1)
             q = logq.exp()
             losses.append(logq.sub_(logp).mul_(q).sum(-1))
             if residual is not None:
-                residual[rows] = logp.exp_().sub_(q)
+                residual[rows, :V] = logp.exp_().sub_(q)
         elif residual is None:
             losses.append(F.cross_entropy(logits, truth[rows], reduction="none"))
         else:
@@ -110,5 +124,5 @@ def _losses(h, weight, truth, weight_base, residual):
             wanted = logits.gather(1, truth[rows, None])
             total = logits.exp_().sum(-1, keepdim=True)
             losses.append((total.log() - wanted)[:, 0])
-            residual[rows] = logits.div_(total)
+            residual[rows, :V] = logits.div_(total)
     return torch.cat(losses)

@@ -40,6 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+from engine import head
 from engine.device import amp, keep_freed_memory, pick_device
 from loss import contrastive_perplexity, language_modelling
 from model import GPT, GPTConfig
@@ -208,6 +209,8 @@ def scores(s, out):
                 diff = (got[name].cpu() - value).abs().max().item()
                 row = dict(max_diff=diff, of=value.mean()) | verdict(diff, 1e-3 if dtype == FP32 else 0.02)
                 out[f"{kind}, {str(dtype)[6:]}, {name}"] = row
+    there, idx = [m.to(s.device) for m in (model, base)], idx.to(s.device)
+    out["waits, all three"] = waits(s, lambda: measured(*there, idx))
 
 
 def contrast(phi):
@@ -466,6 +469,11 @@ def lm(s, out):
     run = stepper(s, model, lambda: language_modelling(model.sequence_nll(idx, lengths), (lengths - 1).to(s.device)))
     out["as it is"] = rated(s, run, B * T, T, config)
     out["calls"] = counted(s, run)
+    shipped = head.CHUNK
+    for power in (20, 22, 24) if s.cuda else (10,):  # on CUDA a chunk is eight times as large
+        head.CHUNK = 2**power
+        out[f"chunks of 2**{power + 3 * s.cuda}"] = rated(s, run, B * T, T, config)
+    head.CHUNK = shipped
     if s.cuda:
         model.compiled_hidden = torch.compile(model.hidden)
     out["compiled"] = rated(s, run, B * T, T, config) if s.cuda else ONLY_CUDA

@@ -1,6 +1,7 @@
 """model.py and its output head against references: transformers' GPT-2 for logits and text, slow loops for scores."""
 
 import math
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -350,6 +351,31 @@ def test_nll_gradient_in_bf16(monkeypatch, chunk, keep):
         assert a.dtype == torch.float32 and F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999, name
 
 
+@pytest.mark.parametrize("keep", [2**27, 37 * 3])
+def test_padding_of_the_vocabulary_changes_nothing(monkeypatch, keep):
+    """As on a GPU, where rows of zeros follow the head's weights: 37 tokens in 64 columns, no mass behind the 37th."""
+    monkeypatch.setattr(head, "KEEP", keep)
+    net, base, (idx, lengths) = tiny(), tiny(seed=3), batch()
+    how = dict(
+        max_new_tokens=9, samples=20, generator=torch.rand(100, 9, 4, generator=torch.Generator().manual_seed(4))
+    )
+    how["generator"][0] = 1 - 2**-24
+
+    def measured():
+        nll, kl = net.sequence_nll(idx, lengths), net.sequence_kl(base, idx, lengths)
+        with torch.no_grad():
+            scored = net.sequence_nll(idx, lengths)
+        grads = [g for x in (nll, kl) for g in torch.autograd.grad(x.sum(), list(net.parameters()))]
+        return [nll, kl, scored, *grads, *net.generate(idx[:, :9], lengths.clamp(max=9), **how)]
+
+    want = measured()
+    monkeypatch.setitem(head.ALIGN, "cpu", 64)
+    padded = head.cast_weight(net.lm_head.weight)
+    assert padded.shape == (64, 16) and torch.equal(padded[:37], net.lm_head.weight) and not padded[37:].any()
+    for a, b in zip(measured(), want, strict=True):
+        assert max_diff(a, b) <= 1e-5 * max(1.0, b.abs().max().item())
+
+
 class Largest(TorchDispatchMode):
     """Remembers the largest tensor that any operation returned."""
 
@@ -526,6 +552,38 @@ def test_generate_stops_early_when_all_rows_have():
     assert count.tolist() == [1] and tokens[0, 0] == stop and len(passes) == 1
 
 
+class Casts(TorchDispatchMode):
+    """Counts conversions to another dtype, by shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func.overloadpacket is torch.ops.aten._to_copy and out.dtype != args[0].dtype:
+            self.shapes[tuple(args[0].shape)] += 1
+        return out
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_generate_casts_weights_once_and_the_cache_never(monkeypatch, frozen):
+    """Under autocast, of a frozen model too; and the text is that of a model whose every use casts anew."""
+    net, (idx, lengths) = tiny(LONG).requires_grad_(not frozen), prompts()
+    weights = Counter(tuple(p.shape) for n, p in net.named_parameters() if p.dim() == 2 and "wpe" not in n)
+    how = dict(generator=torch.rand(3, 12, 4, generator=torch.Generator().manual_seed(4)), top_p=0.9)
+    with torch.autocast("cpu", torch.bfloat16), Casts() as casts:
+        tokens, _ = net.generate(idx, lengths, 12, **how)
+    assert {shape: n for shape, n in casts.shapes.items() if shape in weights} == weights
+    assert all(
+        math.prod(shape) <= 3 * 20 * 4 * 32 for shape in casts.shapes.keys() - weights.keys()
+    )  # the prompts' MLP
+    assert not any(len(shape) == 4 and shape[1] > 20 for shape in casts.shapes)
+    monkeypatch.setattr("model.copy.deepcopy", lambda net, memo: net)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(net.generate(idx, lengths, 12, **how)[0], tokens)
+
+
 SAMPLING = [dict(), dict(temperature=0.7, top_p=0.9), dict(temperature=1.3, top_k=5), dict(top_k=8, top_p=0.5)]
 
 
@@ -615,6 +673,36 @@ def test_sample_from_a_wide_nucleus(spread, top_p):
     assert outside < 2 / 4000  # one token at the border may be decided by fp32 rounding
     order = want.argsort(descending=True)  # single tokens are too rare to compare: compare the mass of the first n
     assert max_diff(got[order].cumsum(0), want[order].cumsum(0)) < 1.95 / 4000**0.5  # Kolmogorov-Smirnov, p = 0.001
+
+
+def test_a_draw_after_four_outside_is_fair():
+    """6 rows in 100 have no luck four times. A fourth number that was used again would always draw token 1: it lies
+    in the upper half."""
+    logits = torch.tensor([0.26, 0.25, 0.245, 0.245]).log()
+    got = drawn(logits, 100_000, top_p=0.5)
+    assert max_diff(got, expected(logits, top_p=0.5)) < 4 * 0.5 / 100_000**0.5 and not got[2:].any()
+
+
+class Reads(TorchDispatchMode):
+    """Counts what a GPU would be waited for: numbers that are read, and choices of unknown size."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        aten, packet = torch.ops.aten, func.overloadpacket
+        chosen = packet in (aten.index, aten.index_put_, aten.index_put) and any(
+            x is not None and x.dtype == torch.bool for x in args[1]
+        )
+        self.n += chosen or packet in (aten.nonzero, aten._local_scalar_dense, aten.equal, aten._unique2)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("top_p", "most"), [(1.0, 0), (0.9, 2), (0.1, 2)])
+def test_sample_hardly_waits(top_p, most):
+    logits, noise = torch.randn(300, 50), torch.rand(300, 4)
+    with Reads() as reads:
+        _sample(logits, 0.9, 0, top_p, noise)
+    assert reads.n == most
 
 
 def test_sample_rows_are_independent():
