@@ -11,6 +11,7 @@ from configs import (
     before_torch,
     changed,
     check_resumable,
+    check_shares,
     differing_settings,
     find,
     load_config,
@@ -25,6 +26,7 @@ import math
 import shlex
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -33,6 +35,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from engine import ranks
 from engine.resume import load_last, restore
 from engine.run import (
     Log,
@@ -130,17 +133,19 @@ def learning_rate(step, config):
 
 def fit(run):
     """The training loop. Returns True, or False if Ctrl-C ended it early (then last.pt holds that step)."""
-    config, run.base_measures = run.config, validate(run, run.base)
-    bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True)
+    config, first = run.config, ranks.first()
+    run.base_measures = validate(run, run.base) if first else None
+    bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, disable=not first)
     with bar, first_interrupt() as stop:
         while True:
             # ---- measure and save: at the first step, now and then, and at the last
             step, last = run.step, run.step == config.max_steps
             due = step == 0 or last or (config.eval_interval and step % config.eval_interval == 0)
-            if due or stop:  # before the validation, which may fail: a scorer is anybody's code
+            stopped = ranks.any_of(stop)
+            if first and (due or stopped):  # before the validation, which may fail: a scorer is anybody's code
                 state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
                 save(run, "last.pt", best=run.best, **state)
-            if due:
+            if first and due:
                 m = run.base_measures if step == 0 else validate(run, run.model)
                 lm = config.objective == "lm"
                 cost = m["val_nll"] if lm else report.selection_cost(m, run.base_measures, config.price)
@@ -149,7 +154,7 @@ def fit(run):
                 if step and (run.best is None or cost < run.best["cost"]):
                     run.best = {"cost": cost, "step": step}
                     save(run, "best.pt", cost=cost, measures=m)
-            if last or stop:
+            if last or stopped or (due and ranks.any_of(stop)):  # where the others wait while the first one measures
                 return last
 
             # ---- one optimiser step, on batches that depend on the step alone: so a run can be resumed
@@ -162,16 +167,18 @@ def fit(run):
             # ---- log
             tokens = sum(b.tokens for b in batches)
             run.tokens, run.seconds = run.tokens + tokens, run.seconds + time.perf_counter() - start
-            run.log.write(dict(step=step, split="train", **record, lr=learning_rate(step, config), tokens=tokens))
+            if first:
+                run.log.write(dict(step=step, split="train", **record, lr=learning_rate(step, config), tokens=tokens))
             shown = {k: f"{record[k]:.3f}" for k in ("loss", "nll", "signed_gap") if k in record}
             bar.set_postfix(shown | {"tok/s": f"{run.tokens / run.seconds:,.0f}"}, refresh=False)
             bar.update()
 
 
 def backward(run, batches):
-    """Forward and backward in grad_accum parts, whose weighted mean is that of the whole. Returns what to log."""
+    """Forward and backward in grad_accum parts, whose weighted mean is that of the whole. Each process does its
+    share of the parts and ends with the gradients of all. Returns what to log."""
     record, weight = {}, sum(b.weight for b in batches)
-    for batch in batches:
+    for batch in ranks.mine(batches):
         share = batch.weight / weight
         with run.setup.amp():
             loss, parts = objective(run.model, run.base, batch, run.config)
@@ -179,7 +186,9 @@ def backward(run, batches):
         parts = {"loss": loss.detach(), **parts}
         for k, v in zip(parts, torch.stack(list(parts.values())).tolist(), strict=True):  # one wait for the GPU
             record[k] = record.get(k, 0.0) + share * v
+    record = ranks.total(record)
     stop_unless_finite("loss", record["loss"], run, batches)
+    ranks.add_gradients(run.model)
     return record
 
 
@@ -270,23 +279,26 @@ def trained_by(path, config):
             return str(out / "best.pt")
         wanted.resume = (out / "last.pt").is_file()
     print(f"=== {path} comes first: it makes the model to start from ===\n")
-    if train(wanted) is None:
-        sys.exit(130)  # Ctrl-C
+    with ranks.alone():
+        if train(wanted) is None:
+            sys.exit(130)  # Ctrl-C
     print(f"\n=== {out / 'best.pt'} is made; now the run itself ===\n")
     return str(out / "best.pt")
 
 
 def set_up(config):
     """Build a Run, print what it will do, and continue an unfinished one if asked to."""
-    out, saved = Path(config.out_dir), resume_state(config)
-    setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
+    with ranks.first_before_others():  # which find made, or in the cache, what it makes or downloads
+        out, saved = Path(config.out_dir), resume_state(config)
+        setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
     model = setup.models["model"]
     batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
     shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA leaves the weights as they are
     base = copy.deepcopy(model, shared).requires_grad_(False)
     if config.objective == "cp" and config.anchor_kl + config.anchor_nll:
         with setup.amp():
-            texts, starts = sample_harmless(base, setup.tokenizer, setup.scorer, config, groups["train"])
+            sampling = (base, setup.tokenizer, setup.scorer, config, groups["train"])
+            texts, starts = ranks.from_first(lambda: sample_harmless(*sampling))
         sizes = (config.anchor_batch, config.seed, model.config.n_positions + 1)
         batches.anchor = data.Batches(texts, setup.tokenizer, *sizes, starts=starts)
     if config.freeze_embeddings:
@@ -300,18 +312,11 @@ def set_up(config):
     if saved:
         restore(model, run.optimizer, scaler, saved, out / "last.pt")
         run.step, run.best = saved["step"], saved["best"]
-        hint = "take that line out (only figures need it), or give another --out_dir"
-        run.log = Log(out / "log.jsonl", lambda r: r["step"] < run.step, hint=hint)  # later ones are made again
         names = differing_settings(config, saved["config"])
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(names)}" if names else ""))
 
-    # In this order a kill leaves nothing that a later run would take for its own.
-    for name in ("summary.json", "eval.json") if saved else ("last.pt", "summary.json", "eval.json"):
-        (out / name).unlink(missing_ok=True)
-    write_json(out / "config.json", asdict(config))
-    if not saved:
-        (out / "best.pt").unlink(missing_ok=True)
-        run.log = Log(out / "log.jsonl", records=[])
+    if ranks.first():
+        open_files(run, bool(saved))
     compiled, trained = try_compile(run), sum(p.numel() for p in model.parameters() if p.requires_grad)
     some = [batches[i] for i in range(5)]
     tokens = sum(b.tokens for b in some) / len(some) * config.grad_accum
@@ -323,6 +328,20 @@ def set_up(config):
     settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"
     print(report.wrap(settings, "settings     ") + "\n")
     return run
+
+
+def open_files(run, resumed):
+    """config.json and the log. In this order a kill leaves nothing that a later run would take for its own."""
+    out = run.out
+    if resumed:
+        hint = "take that line out (only figures need it), or give another --out_dir"
+        run.log = Log(out / "log.jsonl", lambda r: r["step"] < run.step, hint=hint)  # later ones are made again
+    for name in ("summary.json", "eval.json") if resumed else ("last.pt", "summary.json", "eval.json"):
+        (out / name).unlink(missing_ok=True)
+    write_json(out / "config.json", asdict(run.config))
+    if not resumed:
+        (out / "best.pt").unlink(missing_ok=True)
+        run.log = Log(out / "log.jsonl", records=[])
 
 
 def resume_state(config):
@@ -453,19 +472,22 @@ def close_lm(run, tuned):
 
 
 def train(config):
-    """Run one experiment. Returns its summary, or None if Ctrl-C ended it early."""
+    """Run one experiment. Returns its summary ({} in all processes but the first), or None if Ctrl-C ended it early."""
     began = time.time()
-    with held(config.out_dir):
+    check_shares(config, ranks.count())
+    with held(config.out_dir) if ranks.first() else nullcontext():
         run = set_up(config)
         if fit(run):
-            return close(run, began)
+            return close(run, began) if ranks.first() else {}
     print(f"\nstopped before step {run.step}; {run.out / 'last.pt'} is saved: the same command with --resume goes on")
     return None
 
 
 def main(argv=None):
     with one_line_errors("train.py", "what was saved last is whole"):  # outside the loop, or a second Ctrl-C in it
-        if train(load_config("train", argv)) is None:
+        with ranks.joined():
+            summary = train(ranks.from_first(lambda: load_config("train", argv)))
+        if summary is None:
             sys.exit(130)
 
 

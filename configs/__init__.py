@@ -96,7 +96,7 @@ class Config:
 
     max_steps: int = _optimiser(200, "optimiser steps", low=1)
     batch_size: int = _optimiser(6, "groups or documents a forward pass; of data_gen, seeds a block", TRAIN_GEN, low=1)
-    grad_accum: int = _optimiser(1, "forward passes per step: a step sees batch_size * grad_accum", low=1)
+    grad_accum: int = _optimiser(1, "forward passes per step, batch_size each; torchrun's processes share them", low=1)
     lr: float = _optimiser(5e-5, "peak learning rate; a cosine takes it to 0", above=0)
     warmup_steps: int = _optimiser(10, "steps of linear warm-up; 0 disables", low=0)
     weight_decay: float = _optimiser(0.0, "on matrices only; 0 disables", low=0)
@@ -296,8 +296,13 @@ def before_torch(script, doc):
     # Threads that spin long while they wait slow down a job beside them: of two toy runs on two cores a step takes 0.5
     # to 1.3 s, with less patience 0.4 s. Alone a step takes 4 % longer at most.
     os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    first = os.environ.get("RANK", "0") == "0"  # of the processes that torchrun starts: it speaks for all
+    if script != "train" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        sys.exit(f"{script}.py runs in one process, on one device: start it with python" if first else 0)
     if not {"-h", "--help"} & set(sys.argv[1:]):
         return
+    if not first:
+        sys.exit()
     print(f"{doc.strip()}\n\nusage: python {script}.py [config.py] [--setting=value ...]")
     group = None
     for f in SETTINGS.values():
@@ -361,4 +366,15 @@ def check_resumable(config, saved, path):
         raise ValueError(
             f"{path} was made with {there}{' and more' * bool(names[5:])}: give the same with --resume, or another "
             "--out_dir"
+        )
+
+
+def check_shares(config, n):
+    """Raise ValueError if n processes cannot share the forward passes of a step equally."""
+    if config.grad_accum % n:
+        sizes = ["batch_size", "anchor_batch"] if config.anchor_kl + config.anchor_nll else ["batch_size"]
+        same = [f"--{name}={max(1, getattr(config, name) * config.grad_accum // n)}" for name in sizes]
+        raise ValueError(
+            f"{n} processes share the forward passes of a step, so --grad_accum={config.grad_accum} must be a multiple "
+            f"of {n}: --grad_accum={n} {' '.join(same)} is a step of this size"
         )

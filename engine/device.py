@@ -1,6 +1,7 @@
 """Where and in which precision things are computed."""
 
 import ctypes
+import os
 import platform
 from pathlib import Path
 
@@ -13,7 +14,12 @@ def pick_device(wanted="auto"):
     if wanted != "auto" and not there[wanted]:
         raise ValueError(f"device={wanted} is not available here: --device=auto takes the best there is")
     device = torch.device(wanted if wanted != "auto" else next(d for d, ok in there.items() if ok))
+    n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun started on this machine
+    if n > (gpus := dict(cuda=torch.cuda.device_count(), mps=1).get(device.type, n)):
+        raise ValueError(f"{n} processes want a GPU each, here are {gpus}: lower --nproc_per_node, or --device=cpu")
     if device.type == "cuda":
+        if n > 1:
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         # cuDNN's attention plans anew for every shape, 40 ms and up to 1.3 s each: a third of a short run on an H200.
         torch.backends.cuda.enable_cudnn_sdp(False)
         # Partial sums in bf16 are too coarse for an objective that lives on differences of 0.1 nat.
