@@ -1,10 +1,10 @@
 # Contrastive perplexity on GPT-2 xl (1558 M parameters): as configs/gpt2_cp.py, six groups a step as well.
-# A GPU with about 40 GB: 20 bytes a parameter (weights, gradients, AdamW, the frozen base) and some for activations.
+# LoRA leaves the weights as they are, and the base shares them: 4 bytes a parameter, and some for activations.
 from configs.gpt2_cp import *  # noqa: F403
 
 out_dir = "out/gpt2_xl_cp"
 init_from = "gpt2-xl"
 batch_size = 2
 grad_accum = 3
-lr = 2e-5
+lr = 4e-4
 anchor_batch = 5
