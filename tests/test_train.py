@@ -738,16 +738,6 @@ def test_readme_commands_run(base, tmp_path):
         assert code == 0 and told in out, (command, err)
 
 
-def test_the_benchmark_of_the_readme_runs(monkeypatch):
-    """tests/bench_step.py, both sides, with one group and three steps."""
-    import bench_step
-
-    monkeypatch.setattr(bench_step, "G", 1)
-    monkeypatch.setattr(bench_step, "STEPS", 3)
-    plain, ours = bench_step.measure("plain"), bench_step.measure("ours")
-    assert plain.keys() == ours.keys() and ours["tokens_per_second"] > 0 and ours["peak_mb"] > 500
-
-
 def test_readme_settings_exist():
     """Every --setting that a README names is one; pip and torchrun have their own."""
     text = re.sub(r"(pip install [^`\n]+|torchrun [^`\n]+ train\.py)", "", "\n".join(f.read_text() for f in READMES))

@@ -1,0 +1,30 @@
+"""The benchmark of the README, in tiny sizes."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def test_the_benchmark_of_the_readme_runs():
+    """Two jobs: a table of at most 100 columns, then a line of JSON. If the sides disagree, it exits with 1."""
+    pytest.importorskip("transformers")
+    bench = Path(__file__).with_name("bench.py")
+    command = [sys.executable, str(bench), "--small", "--rounds=1", "--threads=1", "--jobs=cp-bf16,piqa"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    assert max(map(len, table)) <= 100 and sum("plain" in line for line in table) == 2
+    result = json.loads(last)
+    assert result["small"] and result["rounds"] == result["threads"] == 1 and result["versions"]["torch"]
+    assert result["jobs"].keys() == {"cp-bf16", "piqa-fp32"}
+    for row in result["jobs"].values():
+        assert row["agree"] and row["gflop_per_second"] > 0
+        for side in row.keys() & {"here", "plain", "kept"}:
+            m = row[side]
+            assert m["seconds"] > 0 and m["per_second"] > 0 and 0 < m["share"] < 1
+            assert m["peak_mb"] is None or m["peak_mb"] > 50
+        assert len(row["plain"]["ratios"]) == 1 and row["plain"]["ratio"] > 0
+    assert "kept" in result["jobs"]["cp-bf16"]
