@@ -716,7 +716,9 @@ def test_gpt2_config_on_a_full_size_folder(few_groups, tmp_path, monkeypatch):
         "--sample_tokens=4",
         "--lora_rank=0",
         "--nll_weight=1",
-        "--lr=1e-4",
+        "--lr=8e-5",
+        "--cp_weight=0",
+        "--hold_weight=0",
     ]
     summary = train.train(load_config("train", [str(ROOT / "configs/gpt2_cp.py"), *where, *flags]))
     assert summary["tuned"]["ppl_positive"] < 0.9 * summary["base"]["ppl_positive"]
