@@ -30,10 +30,11 @@ from statistics import mean, median
 from types import SimpleNamespace
 
 import torch
-from torch.nn import functional as F
 from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from gpu import plain_nll
 
 import data
 import train
@@ -103,17 +104,8 @@ def step_ours(s, dtype, objective, model=None):
 
 
 def step_plain(s, dtype, objective):
-    """The scores as everybody writes them: the whole rectangle, all logits, cross-entropy in fp32."""
     model = transformers_model(s)
-
-    def sequence_nll(idx, lengths):
-        idx = idx[:, : int(lengths.max())]
-        mask = torch.arange(idx.size(1)) < lengths[:, None]
-        logits = model(idx, attention_mask=mask.long()).logits[:, :-1].float()
-        nll = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(len(idx), -1)
-        return (nll * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
-
-    model.sequence_nll = sequence_nll
+    model.sequence_nll = lambda idx, lengths: plain_nll(model, idx[:, : int(lengths.max())], lengths)
     return step_ours(s, dtype, objective, model)
 
 

@@ -380,7 +380,7 @@ def trained(s, name, dtype, seconds, compile="no"):
 
 
 def training(s, out):
-    """Thirty steps of configs/gpt2_cp.py in each dtype."""
+    """configs/gpt2_cp.py in each dtype."""
     if note := no_tokenizer():
         out["all"] = note
         return
@@ -430,12 +430,12 @@ def plain_model(s, **dtype):
     return GPT2LMHeadModel(GPT2Config(**shape, **no_dropout)).to(s.device, **dtype)
 
 
-def plain_loss(model, idx, lengths):
-    """The loss as everybody writes it: the whole rectangle, all logits, cross-entropy in fp32."""
+def plain_nll(model, idx, lengths):
+    """The scores as everybody writes them: the whole rectangle, all logits, cross-entropy in fp32."""
     mask = torch.arange(idx.size(1), device=idx.device) < lengths.to(idx.device)[:, None]
     logits = model(idx, attention_mask=mask.long()).logits[:, :-1].float()
     nll = F.cross_entropy(logits.flatten(0, 1), idx[:, 1:].flatten(), reduction="none").view(len(idx), -1)
-    return contrast((nll * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1))
+    return (nll * mask[:, 1:]).sum(1) / mask[:, 1:].sum(1)
 
 
 def step(s, out):
@@ -447,7 +447,7 @@ def step(s, out):
         config = s.config("gpt2" if name == "transformers" else name)
         if name == "transformers":
             model, short = plain_model(s), idx[:, : int(lengths.max())].to(s.device)
-            run = stepper(s, model, lambda model=model, short=short: plain_loss(model, short, lengths))
+            run = stepper(s, model, lambda model=model, short=short: contrast(plain_nll(model, short, lengths)))
         else:
             model = build(config, s.device)
             loss = lambda m=model: contrast(m.sequence_nll(idx.to(s.device, non_blocking=True), lengths))  # noqa: E731

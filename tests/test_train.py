@@ -699,7 +699,7 @@ def test_gpt2_config_on_a_small_real_gpt2(few_groups, tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="no ../shared/tiktoken_cache")
 def test_gpt2_config_on_a_full_size_folder(few_groups, tmp_path, monkeypatch):
-    """124 M random weights as transformers saves them: trains."""
+    """124 M random weights as transformers saves them: all of them train, on the positives."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
