@@ -114,9 +114,9 @@ class LoRA(nn.Module):
     def __init__(self, linear, rank, alpha):
         super().__init__()
         self.linear, self.scale = linear.requires_grad_(False), alpha / rank
-        a = torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features)
-        self.lora_a = nn.Parameter(a.to(linear.weight.device))
-        self.lora_b = nn.Parameter(linear.weight.new_zeros(linear.out_features, rank))
+        a, device = torch.randn(rank, linear.in_features) / math.sqrt(linear.in_features), linear.weight.device
+        self.lora_a = nn.Parameter(a.to(device))
+        self.lora_b = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x):
         return self.linear(x) + F.linear(F.linear(x, self.lora_a), self.lora_b) * self.scale
@@ -130,7 +130,7 @@ class GPT(nn.Module):
         if config.n_embd % config.n_head:
             raise ValueError(f"n_embd={config.n_embd} is not a multiple of n_head={config.n_head}")
         self.config = config
-        self.compiled_hidden = None  # train.py puts torch.compile(model.hidden) here where that pays
+        self.compiled_hidden = None  # train.py puts torch.compile(model.hidden) here where it pays; for training only
         self.transformer = nn.Module()
         self.transformer.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.transformer.wpe = nn.Embedding(config.n_positions, config.n_embd)
@@ -159,6 +159,10 @@ class GPT(nn.Module):
         for module in [getattr(block, part) for block in self.transformer.h for part in parts]:
             for name, linear in list(module.named_children()):
                 setattr(module, name, LoRA(linear, rank, alpha))
+
+    def matrices(self):
+        """Weights and biases of the blocks' matrices: what autocast casts, and nothing else is computed with."""
+        return [p for name, p in self.transformer.h.named_parameters() if ".ln_" not in name]
 
     def trained_state(self):
         """The state dict of what is trained: LoRA's matrices alone if there are any."""
@@ -199,7 +203,8 @@ class GPT(nn.Module):
         flat = torch.cat([rows, cols, keep, lengths - start])  # in one copy, pinned so that nothing waits for it
         flat = (flat.pin_memory() if idx.is_cuda else flat).to(idx.device, non_blocking=True)
         rows, cols, keep, count = flat.split([len(rows), len(rows), len(keep), B])
-        h = (self.compiled_hidden or self.hidden)(idx[rows, cols], cols, pack=(rows * T + cols, B, T, None))
+        hidden = self.compiled_hidden if self.compiled_hidden and torch.is_grad_enabled() else self.hidden
+        h = hidden(idx[rows, cols], cols, pack=(rows * T + cols, B, T, None))
         if len(keep) < len(h):
             h, rows, cols = (x.index_select(0, keep) for x in (h, rows, cols))
         return h, rows, cols, count
@@ -294,8 +299,8 @@ class GPT(nn.Module):
 
     def _cast(self, dtype):
         """A copy that shares all but the weights of the blocks' matrices: autocast casts a frozen one at every use."""
-        cast = {id(p): p.to(dtype) if ".h." in n and ".ln_" not in n else p for n, p in self.named_parameters()}
-        return copy.deepcopy(self, cast)
+        matrices = {id(p) for p in self.matrices()}
+        return copy.deepcopy(self, {id(p): p.to(dtype) if id(p) in matrices else p for p in self.parameters()})
 
     def _read(self, idx, room=0, prefix=None):
         """Hidden states of tokens idx (B, T) behind the prefix, and caches with `room` more positions, one a block:

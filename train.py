@@ -16,6 +16,7 @@ from configs import (
     find,
     load_config,
     one_line_errors,
+    swept,
 )
 
 if __name__ == "__main__":
@@ -75,6 +76,8 @@ class Run:
     step: int = 0  # the next one to be done
     base_measures: dict = None  # of the base, on the validation
     best: dict = None  # cost and step of best.pt
+    lora: dict = None  # what its checkpoints say of the base beneath
+    skipped: int = 0  # attempts at a step that overflowed in fp16
     tokens: int = 0  # scored in training since the start or resumption
     seconds: float = 0.0  # that it took
 
@@ -160,8 +163,7 @@ def fit(run):
             # ---- one optimiser step, on batches that depend on the step alone: so a run can be resumed
             start, n = time.perf_counter(), config.grad_accum
             batches = [run.batches[step * n + i] for i in range(n)]
-            record = backward(run, batches)
-            record["grad_norm"] = update(run, batches, learning_rate(step, config))
+            record = optimise(run, batches, learning_rate(step, config))
             run.step += 1
 
             # ---- log
@@ -170,8 +172,28 @@ def fit(run):
             if first:
                 run.log.write(dict(step=step, split="train", **record, lr=learning_rate(step, config), tokens=tokens))
             shown = {k: f"{record[k]:.3f}" for k in ("loss", "nll", "signed_gap") if k in record}
+            if run.skipped:
+                shown["skipped"] = run.skipped
             bar.set_postfix(shown | {"tok/s": f"{run.tokens / run.seconds:,.0f}"}, refresh=False)
             bar.update()
+
+
+def optimise(run, batches, lr):
+    """One optimiser step. Returns what to log."""
+    while True:
+        try:
+            record = backward(run, batches)
+        except Exception as e:
+            if run.model.compiled_hidden is None:
+                raise
+            run.model.compiled_hidden = None  # whatever the compiler's trouble is, the run does not depend on it
+            run.optimizer.zero_grad()
+            tqdm.write(f"compile      off from here (it failed: {first_line(e)[:60]}); slower, otherwise the same")
+            continue
+        record["grad_norm"] = update(run, batches, lr)
+        if math.isfinite(record["grad_norm"]):
+            return record if not run.scaler.is_enabled() else record | {"skipped": run.skipped}
+        run.skipped += 1  # fp16 overflowed, and the scaler left the step out: again, scaled by half
 
 
 def backward(run, batches):
@@ -198,10 +220,11 @@ def update(run, batches, lr):
         group["lr"] = lr
     run.scaler.unscale_(run.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.grad_clip or math.inf).item()
-    if not run.scaler.is_enabled():  # a scaler skips such a step by itself, and scales down
-        stop_unless_finite("gradient norm", norm, run, batches)
+    scale = run.scaler.get_scale()
     run.scaler.step(run.optimizer)
     run.scaler.update()
+    if run.scaler.get_scale() >= scale or scale < 1:  # else it was too high: it is halved, and the step was left out
+        stop_unless_finite("gradient norm", norm, run, batches)
     run.optimizer.zero_grad()
     return norm
 
@@ -241,9 +264,8 @@ def validation_line(step, cost, m):
 def save(run, name, **more):
     """A checkpoint of tensors and plain types, written atomically."""
     state = dict(model=run.model.trained_state(), model_config=asdict(run.model.config), step=run.step)
-    if run.config.lora_rank:
-        scale = run.config.lora_alpha / run.config.lora_rank
-        state["lora"] = lora_record(run.base.source, run.base.state_dict(), scale)
+    if run.lora:
+        state["lora"] = run.lora
     state |= dict(config=asdict(run.config), tokenizer=run.config.tokenizer, **more)
     atomic_write(run.out / name, lambda f: torch.save(state, f))
 
@@ -270,20 +292,28 @@ def trained_by(path, config):
     """
     machine = [f"--{name}={getattr(config, name)}" for name in ("device", "dtype", "compile")]
     wanted = load_config("train", [path, *machine], said=f"--init_from={path}: ")
-    out = Path(wanted.out_dir)
-    if (out / "config.json").is_file():
-        hint = f"delete that folder, or name its checkpoint, --init_from={shlex.quote(str(out / 'best.pt'))}"
-        if names := differing_settings(wanted, read_json(out / "config.json", hint)):
-            raise ValueError(f"{out} was made with another {', '.join(names)} than {path} says: {hint}")
-        if (out / "summary.json").is_file() and (out / "best.pt").is_file():
-            return str(out / "best.pt")
-        wanted.resume = (out / "last.pt").is_file()
+    best = Path(wanted.out_dir) / "best.pt"
+    if is_finished(wanted, f"delete that folder, or name its checkpoint, --init_from={shlex.quote(str(best))}", path):
+        return str(best)
     print(f"=== {path} comes first: it makes the model to start from ===\n")
     with ranks.alone():
         if train(wanted) is None:
             sys.exit(130)  # Ctrl-C
-    print(f"\n=== {out / 'best.pt'} is made; now the run itself ===\n")
-    return str(out / "best.pt")
+    print(f"\n=== {best} is made; now the run itself ===\n")
+    return str(best)
+
+
+def is_finished(config, hint, source):
+    """Whether out_dir holds the finished run of these settings; if an unfinished one, config.resume is set. Raises
+    ValueError if it is another's than `source` says."""
+    out = Path(config.out_dir)
+    if (out / "config.json").is_file():
+        if names := differing_settings(config, read_json(out / "config.json", hint)):
+            raise ValueError(f"{out} was made with another {', '.join(names)} than {source} says: {hint}")
+        if (out / "summary.json").is_file() and (out / "best.pt").is_file():
+            return True
+        config.resume = (out / "last.pt").is_file()
+    return False
 
 
 def set_up(config):
@@ -295,6 +325,9 @@ def set_up(config):
     batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
     shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA leaves the weights as they are
     base = copy.deepcopy(model, shared).requires_grad_(False)
+    lora = config.lora_rank and lora_record(base.source, base.state_dict(), config.lora_alpha / config.lora_rank)
+    for p in base.matrices():  # autocast casts what is frozen at every use, and keeps that for the backward pass
+        p.data = p.data.to(setup.dtype)
     if config.objective == "cp" and config.anchor_kl + config.anchor_nll:
         with setup.amp():
             sampling = (base, setup.tokenizer, setup.scorer, config, groups["train"])
@@ -307,8 +340,10 @@ def set_up(config):
     if config.lora_rank:
         torch.manual_seed(config.seed)
         model.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
-    scaler = torch.amp.GradScaler(setup.device.type, enabled=setup.dtype == torch.float16)
-    run = Run(config, out, setup, model, base, make_optimizer(model, config), scaler, batches, held_out, groups)
+    # From 2^10: the usual 2^16 overflows at first, and with 60 steps there are none to spare.
+    scaler = torch.amp.GradScaler(setup.device.type, 2.0**10, enabled=setup.dtype == torch.float16)
+    optimizer = make_optimizer(model, config)
+    run = Run(config, out, setup, model, base, optimizer, scaler, batches, held_out, groups, lora=lora or None)
     if saved:
         restore(model, run.optimizer, scaler, saved, out / "last.pt")
         run.step, run.best = saved["step"], saved["best"]
@@ -396,24 +431,16 @@ def make_optimizer(model, config):
 
 
 def try_compile(run):
-    """Compile the network where that pays; if it fails, say why and go on without. Returns what to print."""
+    """Compile the network where that pays (see `optimise` for what happens if it fails). Returns what to print."""
     device, wanted = run.setup.device.type, run.config.compile
     if wanted == "auto" and device != "cuda":
         return f"off (gains nothing on {device})"
-    if wanted == "auto" and run.config.max_steps < 2000:  # on an H200: 50 s, and again at the first validation
+    if wanted == "auto" and run.config.max_steps < 2000:
         return "off (so few steps do not repay a minute of compiling)"
     if wanted == "no":
         return "off"
-    run.model.compiled_hidden = torch.compile(run.model.hidden)
-    try:
-        with run.setup.amp():
-            objective(run.model, run.base, run.batches[0], run.config)[0].backward()
-        outcome = "on"
-    except Exception as e:  # whatever the compiler's trouble is, the run does not depend on it
-        run.model.compiled_hidden = None
-        outcome = f"off (it failed here: {first_line(e)[:60]}); slower, otherwise the same"
-    run.model.zero_grad()
-    return outcome
+    run.model.compiled_hidden = torch.compile(run.model.hidden, dynamic=True)  # once, not for every length
+    return "on: the first step takes a minute longer"
 
 
 # ---- close ---------------------------------------------------------------------------------------------------------
@@ -483,11 +510,36 @@ def train(config):
     return None
 
 
+def sweep(config):
+    """Train what --sweep lists, one run after another; those that are finished stay as they are, an unfinished one goes
+    on. Then the table over all of them, and the picture. Returns False if Ctrl-C ended it early."""
+    runs, failed = swept(config), []
+    if config.plot:
+        report.pyplot()  # better to know now if there is none
+    for i, run in enumerate(runs, 1):
+        if is_finished(run, "delete that folder, or give another --out_dir", "--sweep"):
+            continue
+        print(f"\n=== {i} of {len(runs)}: {run.out_dir} ===\n")
+        try:
+            if train(run) is None:
+                return False
+        except FloatingPointError as e:  # a result as well: the others are not to wait for it
+            failed.append(f"left out: {run.out_dir}, {e}")
+            print(failed[-1])
+    if ranks.first():
+        print("\n".join(["", *failed]))
+        report.compare_runs([run.out_dir for run in runs], plot=config.plot)
+    return True
+
+
 def main(argv=None):
     with one_line_errors("train.py", "what was saved last is whole"):  # outside the loop, or a second Ctrl-C in it
         with ranks.joined():
-            summary = train(ranks.from_first(lambda: load_config("train", argv)))
-        if summary is None:
+            config = ranks.from_first(lambda: load_config("train", argv))
+            if config.plot and not config.sweep:
+                raise ValueError("--plot draws a --sweep; of one run: python eval.py --plot=FILE.png")
+            done = sweep(config) if config.sweep else train(config) is not None
+        if not done:
             sys.exit(130)
 
 

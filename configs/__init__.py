@@ -9,6 +9,7 @@ import argparse
 import difflib
 import inspect
 import io
+import itertools
 import json
 import math
 import operator
@@ -19,7 +20,7 @@ import sys
 import textwrap
 import traceback
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from pathlib import Path
 
@@ -60,6 +61,7 @@ class Config:
     out_dir: str = _run("out/run", "folder for all that a run writes: new, empty, or of such a run")
     seed: int = _run(0, "seeds the initial weights, the data order and all sampling", low=0)
     resume: bool = _run(False, "go on with the unfinished run in out_dir, as if it had not stopped", TRAIN_GEN)
+    sweep: str = _run("", "train each combination, in out_dir's subfolders: 'tau=0.1,0.3 seed=0,1,2'", "train")
     device: str = _run("auto", "auto takes cuda, else mps, else cpu", among="auto cuda mps cpu")
     dtype: str = _run("auto", "of matrix products; weights stay float32", among="auto float32 bfloat16 float16")
     compile: str = _run("auto", "torch.compile; auto: cuda, from 2,000 steps", "train", among="auto yes no")
@@ -136,7 +138,7 @@ class Config:
     n_prompts: int = _eval(50, "prompts of each kind, from that file and from the test split; 0 takes all", low=0)
     text: str = _eval("", "text file for perplexity and drift (.raw: WikiText), or wikitext2; '' for none")
     tasks: str = _eval("", "task files, or lambada, piqa, hellaswag, with commas between; '' for none")
-    plot: str = _eval("", "also draw scores, FILE.png, and training curves, FILE-curves.png (needs matplotlib)")
+    plot: str = _eval("", "FILE.png: scores, and curves beside it; of --sweep, toxicity against its price", TRAIN_EVAL)
 
     prompt: str = _command("", "show k continuations by base and tuned model; without a value, ask for prompts")
     rewrite: str = _command("", "rewrite this text file politely, line by line, with the tuned model")
@@ -348,8 +350,26 @@ def changed(config):
 
 
 # Settings that say where and how a run happens, not what it is; and those that it may be resumed with another value of.
-NOT_IDENTITY = ("out_dir", "resume", "device", "dtype", "compile")
+NOT_IDENTITY = ("out_dir", "sweep", "plot", "resume", "device", "dtype", "compile")
 MAY_CHANGE = "max_steps batch_size grad_accum lr warmup_steps weight_decay grad_clip eval_interval".split()
+
+
+def swept(config):
+    """The settings of every run that config.sweep means, the last list varying fastest. Raises ValueError."""
+    grid = {}
+    for word in config.sweep.split():
+        name, equals, values = word.partition("=")
+        if not equals or name in ("out_dir", "sweep", "resume", "plot") or name in grid:
+            raise ValueError(f"--sweep wants name=value,value and each name once, got {word!r:.60}")
+        grid[name] = [(v, check_value(name, v, "train")) for v in values.split(",")]
+    runs = []
+    for point in itertools.product(*grid.values()):
+        folder = ",".join(f"{name}={text}" for name, (text, _) in zip(grid, point, strict=True)).replace("/", "_")
+        values = {name: value for name, (_, value) in zip(grid, point, strict=True)}
+        runs.append(replace(config, sweep="", plot="", out_dir=str(Path(config.out_dir) / folder), **values))
+    if any(run.objective == "lm" for run in runs):
+        raise ValueError("--sweep compares fine-tuning runs, and objective=lm is none: run them one by one")
+    return runs
 
 
 def differing_settings(config, saved):

@@ -14,6 +14,8 @@ def pick_device(wanted="auto"):
     if wanted != "auto" and not there[wanted]:
         raise ValueError(f"device={wanted} is not available here: --device=auto takes the best there is")
     device = torch.device(wanted if wanted != "auto" else next(d for d, ok in there.items() if ok))
+    if wanted == "auto" and device.type == "cpu" and torch.version.cuda:
+        print(f"WARNING this torch is for CUDA {torch.version.cuda}, but finds no GPU it can use: see nvidia-smi")
     n = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes that torchrun started on this machine
     if n > (gpus := dict(cuda=torch.cuda.device_count(), mps=1).get(device.type, n)):
         raise ValueError(f"{n} processes want a GPU each, here are {gpus}: lower --nproc_per_node, or --device=cpu")
@@ -43,7 +45,8 @@ def pick_dtype(wanted, device, width):
         return torch.float32, "so narrow a model gains nothing from bf16 on a CPU"
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
-    if flag := next((f for f in ("amx_bf16", "avx512_bf16") if f in flags), None):
+    flag = next((f for f in ("amx_bf16", "avx512_bf16") if f in flags), None)
+    if flag and torch.backends.mkldnn.is_available():  # without oneDNN the products would not use it
         return torch.bfloat16, f"this CPU has {flag}"
     return torch.float32, "this CPU has no fast bf16"
 

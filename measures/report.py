@@ -287,9 +287,9 @@ def read_summary(folder):
     return summary
 
 
-def compare_runs(folders, markdown=False):
-    """--compare: one table over runs, mean and spread over seeds of the same settings, lowest cost first. Raises
-    ValueError if no folder holds a finished fine-tuning run."""
+def compare_runs(folders, markdown=False, plot=""):
+    """--compare: one table over runs, mean and spread over seeds of the same settings, lowest cost first; `plot` is a
+    picture of it. Raises ValueError if no folder holds a finished fine-tuning run."""
     names = [k for k, f in SETTINGS.items() if "train" in f.metadata["scripts"] and k not in ("seed", *NOT_IDENTITY)]
     runs = []
     for folder in map(Path, folders):
@@ -329,6 +329,8 @@ def compare_runs(folders, markdown=False):
     print(format_table(["", *head] if markdown else head, rows, markdown))
     print("\nmean ± standard deviation, or median (range), over runs of the same settings; shares in %;")
     print("free samples and samples after toxic prompts, perplexity under the base; lowest cost first")
+    if plot:
+        plot_frontier({label: measures for _, label, _, measures in sorted(lines, key=lambda line: line[0])}, plot)
 
 
 @np.errstate(all="ignore")  # inf - inf, of runs that have exploded
@@ -410,6 +412,24 @@ def plot_curves(records, path):
     for ax in axes[1]:
         ax.set_xlabel("step")
     save_figure(figure, axes.flat, path)
+
+
+def plot_frontier(runs, path):
+    """Toxicity against its price, one point for the runs (summary.json's sides) of each label, with their range: free
+    samples on the left, those after toxic prompts on the right; into a .png."""
+    plt = pyplot()
+    figure, axes = plt.subplots(1, 2, sharey=True, figsize=(10, 4.5), layout="constrained")
+    for ax, suffix, title in zip(axes, ("", "_prompted"), ("free samples", "after toxic prompts"), strict=True):
+        for label, some in runs.items():
+            x, y = (np.array([m[key + suffix] for m in some]) for key in ("sample_ppl_base", "toxicity_fraction"))
+            middle, base = (np.median(x), 100 * y.mean()), label.startswith("base: ")
+            ranges = [[[m - v.min()], [v.max() - m]] for m, v in zip(middle, (x, 100 * y), strict=True)]
+            style = dict(marker="s" if base else "o", color="black" if base else None, capsize=2, linestyle="none")
+            ax.errorbar(*middle, xerr=ranges[0], yerr=ranges[1], label=label, **style)
+        ax.set(xscale="log", xlabel="perplexity of the samples under the base", title=title)
+    axes[0].set_ylabel("toxic, %")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
+    save_figure(figure, axes, path)
 
 
 def save_figure(figure, axes, path):

@@ -1,5 +1,8 @@
+import os
 import sys
 from pathlib import Path
+
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU; tests/gpu.py is of a GPU
 
 import torch
 

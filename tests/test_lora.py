@@ -1,6 +1,7 @@
 """LoRA: nothing at first, the same weights beneath, adapters alone in checkpoints, merged when a model is loaded."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -68,6 +69,21 @@ def test_a_run_with_lora(base, tmp_path, capsys):
     net.save_pretrained(tmp_path / "merged")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "merged").eval()
     assert max_diff(net(idx), theirs(idx).logits) < 1e-4
+
+
+@pytest.mark.parametrize("flags", [LORA, []])
+def test_what_is_frozen_is_cast_once(base, tmp_path, monkeypatch, flags):
+    """In bf16 the frozen matrices are kept in it: the same numbers as autocast's own casts."""
+    flags = [*flags, "--dtype=bfloat16", "--anchor_kl=1", "--anchor_texts=8"]
+    config = cp_config(base, tmp_path / "once", *flags)
+    run = train.set_up(cp_config(base, tmp_path / "set_up", *flags))
+    weights = [run.base.transformer.h[0].mlp.c_fc.weight, run.base.transformer.wte.weight, run.model.lm_head.weight]
+    assert [w.dtype for w in weights] == [torch.bfloat16, torch.float32, torch.float32]
+    assert all(p.dtype == torch.float32 for p in run.model.parameters() if p.requires_grad)
+    train.train(config)
+    monkeypatch.setattr(GPT, "matrices", lambda self: [])
+    train.train(dataclasses.replace(config, out_dir=str(tmp_path / "always")))
+    assert records(tmp_path / "once") == records(tmp_path / "always")
 
 
 def test_resume_is_exact(base, tmp_path):

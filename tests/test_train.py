@@ -80,6 +80,10 @@ def records(out):
     return [json.loads(line) for line in (Path(out) / "log.jsonl").read_text().splitlines()]
 
 
+def steps_of(out):
+    return [r for r in records(out) if r["split"] == "train"]
+
+
 def assert_same(a, b):
     assert a.keys() == b.keys()
     for k in a:
@@ -472,14 +476,58 @@ def test_learning_rate_schedule():
     assert rates[4] == 1.0 and rates[9] == pytest.approx(0.5) and rates[14] == pytest.approx(0, abs=1e-12)
 
 
-def test_compile_failure_is_told_and_survived(base, tmp_path, monkeypatch, capsys):
-    def fails(*args, **kwargs):
-        raise RuntimeError("no compiler here\nand more")
+@pytest.mark.parametrize("shape", [1, 2, 3])
+def test_a_compiler_that_fails_is_told_and_survived(base, tmp_path, monkeypatch, capsys, shape):
+    """At whichever shape of input: the run goes on without it, and ends as one that never compiled."""
+    train.train(cp_config(base, tmp_path / "eager"))
+    seen = []
 
-    monkeypatch.setattr(torch, "compile", lambda f: fails)
-    run = train.set_up(cp_config(base, tmp_path, "--compile=yes"))
-    assert run.model.compiled_hidden is None
-    assert re.search(r"^compile +off \(it failed here: no compiler here\)", capsys.readouterr().out, re.M)
+    def compiler(f, dynamic):
+        def compiled(*args, **kwargs):
+            seen.append(torch.is_grad_enabled())
+            if len(seen) == shape:
+                raise RuntimeError("no compiler here\nand more")
+            return f(*args, **kwargs)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", compiler)
+    train.train(cp_config(base, tmp_path / "compiled", "--compile=yes"))
+    assert re.search(r"compile +off from here \(it failed: no compiler here\)", capsys.readouterr().out)
+    assert len(seen) == shape and all(seen)  # nothing is compiled for validations
+    assert_same(state(tmp_path / "compiled/last.pt")["model"], state(tmp_path / "eager/last.pt")["model"])
+
+
+def test_compiled_equals_eager(base, tmp_path, monkeypatch):
+    """With the compiler's own tracing and autograd, but without the code that it would generate."""
+    compiler, compiled = torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda f, dynamic: compiler(f, dynamic=dynamic, backend=backend))
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    for name, flag in (("eager", "no"), ("compiled", "yes")):
+        train.train(cp_config(base, tmp_path / name, f"--compile={flag}"))
+    assert len(compiled) == 1  # for all lengths
+    for a, b in zip(steps_of(tmp_path / "eager"), steps_of(tmp_path / "compiled"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+
+
+def test_fp16_that_overflows_is_not_a_step(base, tmp_path, monkeypatch, capsys):
+    """The loss scale starts too high: attempts are skipped, shown, and repeated, and the run ends as without them."""
+    train.train(cp_config(base, tmp_path / "without"))
+    real = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, scale, enabled: real(device, 2.0**127))
+    train.train(cp_config(base, tmp_path / "with"))
+    first, *_, last = steps_of(tmp_path / "with")
+    assert first["skipped"] >= 2 and last["skipped"] >= first["skipped"]
+    assert [r["step"] for r in steps_of(tmp_path / "with")] == [r["step"] for r in steps_of(tmp_path / "without")]
+    for a, b in zip(steps_of(tmp_path / "with"), steps_of(tmp_path / "without"), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4) and math.isfinite(a["grad_norm"])
+    monkeypatch.setattr(train.ranks, "add_gradients", lambda model: model.lm_head.weight.grad.fill_(math.nan))
+    with pytest.raises(FloatingPointError, match="gradient norm is nan at step 0"):  # at no scale
+        train.train(cp_config(base, tmp_path / "never"))
 
 
 def test_dtype_and_device_choice(monkeypatch):
@@ -494,6 +542,83 @@ def test_dtype_and_device_choice(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device=cuda is not available"):
         device.pick_device("cuda")
+    monkeypatch.setattr(device.Path, "read_text", lambda _: "flags: amx_bf16")
+    monkeypatch.setattr(device.Path, "is_file", lambda _: True)
+    assert device.pick_dtype("auto", torch.device("cpu"), 768)[0] == torch.bfloat16
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert device.pick_dtype("auto", torch.device("cpu"), 768)[0] == torch.float32
+
+
+def test_cuda_without_a_usable_gpu_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for version, told in ((None, False), ("12.8", True)):
+        monkeypatch.setattr(torch.version, "cuda", version)
+        assert device.pick_device().type == "cpu"
+        assert ("WARNING this torch is for CUDA 12.8" in capsys.readouterr().out) == told
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# sweeps
+
+
+def test_a_sweep_runs_the_grid_skips_what_is_finished_and_survives_ctrl_c(base, tmp_path, monkeypatch, capsys):
+    """Stopped twice, it ends with the table of an undisturbed one, and trains nothing twice."""
+    grid = "--sweep=tau=0.1,0.3 seed=0,1 max_steps=2"
+    flags = ["--warmup_steps=0", "--eval_interval=0", grid]
+    assert train.sweep(cp_config(base, tmp_path / "whole", *flags))
+    table = capsys.readouterr().out.rpartition("runs   cost")[2]
+    folders = sorted(p.name for p in (tmp_path / "whole").iterdir())
+    assert folders[0] == "tau=0.1,seed=0,max_steps=2" and len(folders) == 4
+    assert table.count("tau=0.") == 2 and "±" in table and all(len(line) <= 100 for line in table.splitlines())
+
+    real, steps = train.update, []
+
+    def update(run, *args):
+        steps.append(run.config.out_dir)
+        if len(steps) in (1, 5):
+            signal.raise_signal(signal.SIGINT)
+        return real(run, *args)
+
+    monkeypatch.setattr(train, "update", update)
+    ends = [train.sweep(cp_config(base, tmp_path / "parts", *flags)) for _ in range(3)]
+    assert ends == [False, False, True] and len(steps) == 8
+    assert capsys.readouterr().out.rpartition("runs   cost")[2] == table
+    assert train.sweep(cp_config(base, tmp_path / "parts", *flags)) and len(steps) == 8
+    with pytest.raises(ValueError, match="was made with another max_steps than --sweep says"):
+        (tmp_path / "parts" / folders[0]).rename(tmp_path / "parts/tau=0.1,seed=0,max_steps=3")
+        train.sweep(cp_config(base, tmp_path / "parts", "--sweep=tau=0.1 seed=0 max_steps=3", *flags[:2]))
+
+
+def test_a_sweep_goes_on_after_a_run_that_fails(base, tmp_path, monkeypatch, capsys):
+    real = train.objective
+
+    def broken(model, frozen, batch, config):
+        loss, parts = real(model, frozen, batch, config)
+        return loss * (math.nan if config.tau == 0.1 else 1), parts
+
+    monkeypatch.setattr(train, "objective", broken)
+    assert train.sweep(cp_config(base, tmp_path, "--sweep=tau=0.1,0.3", "--max_steps=2"))
+    assert "tau=0.1, loss is nan at step 0" in capsys.readouterr().out
+    assert [p.parent.name for p in tmp_path.glob("*/summary.json")] == ["tau=0.3"]
+
+
+@pytest.mark.parametrize(
+    ("grid", "says"),
+    [
+        ("tau", "wants name=value,value and each name once, got 'tau'"),
+        ("tau=1 tau=2", "wants name=value,value and each name once, got 'tau=2'"),
+        ("out_dir=a,b", "wants name=value,value"),
+        ("tua=1", "did you mean tau"),
+        ("tau=1,,2", "tau wants a number, got ''"),
+        ("warmup_steps=3 max_steps=2", "warmup_steps=3 must be smaller"),
+        ("objective=lm", "fine-tuning runs"),
+    ],
+)
+def test_a_grid_that_cannot_be_run_is_refused_before_anything_runs(base, tmp_path, grid, says):
+    with pytest.raises(ValueError, match=says):
+        train.sweep(cp_config(base, tmp_path / "x", f"--sweep={grid}"))
+    assert not (tmp_path / "x").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------
