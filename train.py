@@ -85,8 +85,7 @@ class Run:
 def objective(model, base, batch, config):
     """Loss of one batch, and the parts of it to log.
 
-    Rows of idx: group after group, its P positives, then its N negatives; B = G (P + N). Scores under the frozen base:
-    base.sequence_nll(idx, batch.lengths).view_as(phi).
+    Rows of idx: group after group, its P positives, then its N negatives; B = G (P + N).
     """
     idx = batch.idx.to(model.device, non_blocking=True)  # (B, T)
     phi = model.sequence_nll(idx, batch.lengths)  # (B,)
@@ -103,9 +102,7 @@ def objective(model, base, batch, config):
     log = {"cp": cp.detach(), "nll": pos.detach().mean()}
     log |= {k: diagnostics[k].mean() for k in ("spread", "separation", "signed_gap", "rank_accuracy")}
     if config.hold_weight:
-        rows = [r for r in range(len(idx)) if r % (config.n_pos + config.n_neg) < config.n_pos]
-        with torch.no_grad():
-            before = base.sequence_nll(idx[rows], batch.lengths[rows]).view_as(pos)
+        before = batch.base.to(phi.device).view_as(phi)[:, : config.n_pos]  # (G, P)
         hold = (pos - before).square().mean()
         loss, log["hold"] = loss + config.hold_weight * hold, hold.detach()
     if anchor := batch.anchor:
@@ -295,6 +292,9 @@ def set_up(config):
     batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
     shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA leaves the weights as they are
     base = copy.deepcopy(model, shared).requires_grad_(False)
+    if config.objective == "cp" and config.hold_weight:
+        with setup.amp():
+            batches.base = base_scores(base, batches)
     if config.objective == "cp" and config.anchor_kl + config.anchor_nll:
         with setup.amp():
             sampling = (base, setup.tokenizer, setup.scorer, config, groups["train"])
@@ -328,6 +328,13 @@ def set_up(config):
     settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"
     print(report.wrap(settings, "settings     ") + "\n")
     return run
+
+
+def base_scores(base, batches):
+    """{tuple(row): phi under the frozen base} of the groups' positives, each sentence scored once. All beforehand and
+    not as they come: in bf16 a score depends a little on its batch, and a resumed run has seen other ones."""
+    rows = list(dict.fromkeys(tuple(row) for sides in batches.encoded for row in sides[0]))
+    return dict(zip(rows, scores(base, rows, what="scores of the base").tolist(), strict=True))
 
 
 def open_files(run, resumed):
