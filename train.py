@@ -1,4 +1,4 @@
-"""The one training loop: contrastive perplexity, or language modelling.
+"""The one training loop: contrastive perplexity, one of its rivals, or language modelling.
 
 Reads from top to bottom: the objective, the loop, what is set up before it, what is measured after.
 
@@ -22,6 +22,7 @@ if __name__ == "__main__":
     before_torch("train", __doc__)
 
 import copy
+import inspect
 import math
 import shlex
 import sys
@@ -48,7 +49,7 @@ from engine.run import (
     write_json,
 )
 from engine.weights import lora_record
-from loss import contrastive_perplexity, language_modelling
+from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
 from measures.groups import scores
 from measures.samples import CLOSING, continue_prompts, decode, measure_model, sample_harmless
@@ -65,11 +66,11 @@ class Run:
     out: Path
     setup: Setup  # tokenizer, scorer, device, dtype
     model: GPT
-    base: GPT  # the model as it started, frozen: judge of the samples, and anchor of the KL terms
+    base: GPT  # the model as it started, frozen: judge of the samples, and what rivals and anchors compare with
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     batches: data.Batches
-    held_out: list  # groups (cp) or token lists (lm) of the validation
+    held_out: list  # groups, or token lists (lm), of the validation
     groups: dict  # by split; test is for the closing table. Empty for lm
     log: Log = None  # log.jsonl
     step: int = 0  # the next one to be done
@@ -83,27 +84,28 @@ class Run:
 
 
 def objective(model, base, batch, config):
-    """Loss of one batch, and the parts of it to log.
+    """Loss of one batch, and the parts of it to log, of which 'cp' is the objective that was chosen, whichever it is.
 
     Rows of idx: group after group, its P positives, then its N negatives; B = G (P + N).
     """
     idx = batch.idx.to(model.device, non_blocking=True)  # (B, T)
+    tokens = (batch.lengths - 1).to(model.device, non_blocking=True)  # (B,), the start token is not scored
     phi = model.sequence_nll(idx, batch.lengths)  # (B,)
     if config.objective == "lm":
-        return language_modelling(phi, (batch.lengths - 1).to(phi.device)), {}  # the start token is not scored
+        return language_modelling(phi, tokens), {}
 
-    phi = phi.view(len(batch.ids), config.n_pos + config.n_neg)
-    pos, neg = phi[:, : config.n_pos], phi[:, config.n_pos :]  # (G, P), (G, N)
-    cp, diagnostics = contrastive_perplexity(
-        pos, neg, config.tau, config.alpha, config.variant, config.distance, config.detach_centroid, config.score
-    )
-    # MODIFY HERE: cp = your_objective(pos, neg), mean nlls in nats -> a scalar to minimise
+    sides = lambda x: x.view(len(batch.ids), -1).split((config.n_pos, config.n_neg), dim=1)  # (G, P), (G, N)
+    pos, neg = sides(phi)
+    given = vars(config) | dict(zip(("pos", "neg"), sides(scaled(phi, tokens, config.score)), strict=True))
+    if batch.base is not None:
+        before = batch.base.to(phi.device)  # (B,)
+        given |= zip(("base_pos", "base_neg"), sides(scaled(before, tokens, config.score)), strict=True)
+    cp = OBJECTIVES[config.objective](**{name: given[name] for name in arguments(config) if name in given})
     loss = config.cp_weight * cp + config.nll_weight * pos.mean()  # over sentences; anchor_*: over tokens
-    log = {"cp": cp.detach(), "nll": pos.detach().mean()}
+    log, diagnostics = {"cp": cp.detach(), "nll": pos.detach().mean()}, diagnose(pos, neg)
     log |= {k: diagnostics[k].mean() for k in ("spread", "separation", "signed_gap", "rank_accuracy")}
     if config.hold_weight:
-        before = batch.base.to(phi.device).view_as(phi)[:, : config.n_pos]  # (G, P)
-        hold = (pos - before).square().mean()
+        hold = (pos - sides(before)[0]).square().mean()
         loss, log["hold"] = loss + config.hold_weight * hold, hold.detach()
     if anchor := batch.anchor:
         rows = anchor.idx.to(model.device, non_blocking=True), anchor.lengths, anchor.start
@@ -115,6 +117,11 @@ def objective(model, base, batch, config):
             nll = language_modelling(model.sequence_nll(*rows), count)
             loss, log["anchor_nll"] = loss + config.anchor_nll * nll, nll.detach()
     return loss, log
+
+
+def arguments(config):
+    """What the chosen objective wants, by name: scores and settings. Nothing for lm."""
+    return inspect.signature(OBJECTIVES[config.objective]).parameters if config.objective != "lm" else {}
 
 
 def learning_rate(step, config):
@@ -292,10 +299,11 @@ def set_up(config):
     batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
     shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA leaves the weights as they are
     base = copy.deepcopy(model, shared).requires_grad_(False)
-    if config.objective == "cp" and config.hold_weight:
+    compares = {"base_pos", "base_neg"} & arguments(config).keys()
+    if config.objective != "lm" and (compares or config.hold_weight):  # which holds the positives alone
         with setup.amp():
-            batches.base = base_scores(base, batches)
-    if config.objective == "cp" and config.anchor_kl + config.anchor_nll:
+            batches.base = base_scores(base, batches, 2 if compares else 1)
+    if config.objective != "lm" and config.anchor_kl + config.anchor_nll:
         with setup.amp():
             sampling = (base, setup.tokenizer, setup.scorer, config, groups["train"])
             texts, starts = ranks.from_first(lambda: sample_harmless(*sampling))
@@ -320,7 +328,7 @@ def set_up(config):
     compiled, trained = try_compile(run), sum(p.numel() for p in model.parameters() if p.requires_grad)
     some = [batches[i] for i in range(5)]
     tokens = sum(b.tokens for b in some) / len(some) * config.grad_accum
-    what = f"groups of {config.n_pos} + {config.n_neg}" if config.objective == "cp" else "documents"
+    what = f"groups of {config.n_pos} + {config.n_neg}" if config.objective != "lm" else "documents"
     print(f"compile      {compiled}")
     print(f"trained      {trained / 1e6:.2f} M of {base.num_parameters() / 1e6:.1f} M parameters")
     print(f"steps        {config.max_steps} of {config.batch_size} x {config.grad_accum} {what}", end="")
@@ -330,10 +338,10 @@ def set_up(config):
     return run
 
 
-def base_scores(base, batches):
-    """{tuple(row): phi under the frozen base} of the groups' positives, each sentence scored once. All beforehand and
-    not as they come: in bf16 a score depends a little on its batch, and a resumed run has seen other ones."""
-    rows = list(dict.fromkeys(tuple(row) for sides in batches.encoded for row in sides[0]))
+def base_scores(base, batches, n):
+    """{tuple(row): phi under the frozen base} of the groups' first n sides, each sentence scored once. All beforehand
+    and not as they come: in bf16 a score depends a little on its batch, and a resumed run has seen other ones."""
+    rows = list(dict.fromkeys(tuple(row) for sides in batches.encoded for side in sides[:n] for row in side))
     return dict(zip(rows, scores(base, rows, what="scores of the base").tolist(), strict=True))
 
 
