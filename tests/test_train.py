@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from functools import partial
 from pathlib import Path
@@ -825,13 +826,46 @@ def test_readme_commands_run(base, tmp_path):
     text = "\n".join(f.read_text() for f in (*READMES, *sorted((ROOT / "configs").glob("*.py"))))
     commands = dict.fromkeys(c.strip() for c in re.findall(r"python train\.py ([^`\n#]+)", text))
     assert len(commands) >= 5
-    for i, command in enumerate(c for c in commands if "gpt2" not in c and "--help" not in c):
+    own = re.search(r"--objective=(\w+)", readme_example()[2])[1]  # a test of its own
+    commands = [c for c in commands if "gpt2" not in c and "--help" not in c and f"--objective={own}" not in c]
+    for i, command in enumerate(commands):
         words = [w for w in command.split() if not w.startswith(("--out_dir", "--resume", "--data=out/"))]
         init = [] if "toy_base" in command else [f"--init_from={base}"]
         flags = [*SMALL, *FEW, "--max_steps=2", "--warmup_steps=0", "--n_layer=1", "--n_embd=16", "--n_head=1"]
         code, out, err = run_command(*words, *init, *flags, f"--out_dir={tmp_path / str(i)}")
         told = "validation perplexity" if "toy_base" in command else "pairs ranked right"
         assert code == 0 and told in out, (command, err)
+
+
+def readme_example():
+    """(function, line, command) of the README's own objective."""
+    text = READMES[0].read_text().split("Your own objective")[1]
+    function = re.search(r"((?:    .*\n)+)", text)[1]
+    line, command = re.search(r'`("\w+": \w+,)`', text)[1], re.search(r"python (train\.py [^`\n]+)", text)[1]
+    return textwrap.dedent(function), line, command
+
+
+def test_readme_objective(base, tmp_path):
+    """One function, one line, one command, as the README has them: in a copy of the project the run reaches its table,
+    --help names the objective, and the loss that is logged is the function's."""
+    function, line, command = readme_example()
+    copy_of_the_project(tmp_path)
+    loss = (tmp_path / "loss.py").read_text()
+    loss = loss.replace("OBJECTIVES = {\n", f"{function}\n\nOBJECTIVES = {{\n    {line}\n")
+    (tmp_path / "loss.py").write_text(loss)
+    words = [sys.executable, *command.split(), f"--init_from={base}", *SMALL, "--max_steps=2", "--warmup_steps=0"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "pairs ranked right" in done.stdout, done.stderr
+    shown = subprocess.run([*words[:2], "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
+    name, out = (re.search(rf"--{flag}=(\S+)", command)[1] for flag in ("objective", "out_dir"))
+    assert name in shown and name not in OBJECTIVES
+    names = {}
+    exec("from torch.nn import functional as F\n" + function, names)
+    run = train.set_up(cp_config(base, tmp_path / "plain"))
+    batch = run.batches[0]
+    phi = run.model.sequence_nll(batch.idx, batch.lengths).view(4, 10)
+    first = records(tmp_path / out)[1]
+    assert first["step"] == 0 and first["cp"] == pytest.approx(float(names[name](phi[:, :5], phi[:, 5:])), rel=1e-4)
 
 
 def test_readme_settings_exist():
