@@ -1,5 +1,7 @@
 """Every objective, as a pure function of sentence scores: no model, no files, no settings. Anchors: train.py.
 
+The paper's method comes first. Its rivals stand below it; OBJECTIVES, at the end, lists all with their sources.
+
 Contrastive perplexity (Klein & Nabi, ACL 2025, arXiv 2401.08491) in a dozen lines. Group i holds harmless sentences
 P_i and toxic ones N_i that say the same thing. A sentence's score is its log-perplexity under the model,
 
@@ -18,7 +20,7 @@ log-sum-exps of -|phi - c| / tau: that form is what is computed, since it neithe
 
 Differences from the paper (Eq. 1 to 6), and from the code released with it:
 
-1. The paper's score is the perplexity itself, exp(phi) (Eq. 1): score='ppl'. Here it is its logarithm, as in the
+1. The paper's score is the perplexity itself, exp(phi) (Eq. 1): 'ppl' of `scaled`. Here it is its logarithm, as in the
    released code: a GPT-2's perplexities of sentences lie in the hundreds, where exp(-|difference|) is 0 for nearly all.
 2. The paper's s(x, c) is (1/tau) exp(-|phi - c|) (Eq. 4). That tau cancels in J; here it divides the distance. Beyond
    a distance of tau * log(alpha |N| / |P|) the pull on a negative fades as exp(-distance / tau).
@@ -45,20 +47,17 @@ import torch
 from torch.nn import functional as F
 
 
-def contrastive_perplexity(
-    pos, neg, tau=1.0, alpha=1.0, variant="paper", distance="abs", detach_centroid=False, score="nll"
-):
+def contrastive_perplexity(pos, neg, tau=1.0, alpha=1.0, variant="paper", distance="abs", detach_centroid=False):
     """Contrastive perplexity of G groups.
 
     Args:
-        pos: scores phi of the positives, nats per token. Shape: (G, P)
+        pos: scores phi of the positives, nats per token, or others (`scaled`). Shape: (G, P)
         neg: scores phi of the negatives. Shape: (G, N)
         tau: temperature, in units of the score; > 0.
         alpha: weight of the negatives, a factor for 'paper', added to a logit for 'released'; > 0.
         variant: 'paper' (module docstring) or 'released' (difference 3).
         distance: 'abs', or 'signed' for the negatives (difference 4).
         detach_centroid: no gradient through the prototype (difference 5).
-        score: 'nll' takes distances between phi, 'ppl' between exp(phi) (difference 1), which overflows at phi = 88.
 
     Returns:
         (loss, diagnostics): a scalar, the mean over groups, and a dict of detached (G,) tensors, see `diagnose`, with
@@ -67,11 +66,7 @@ def contrastive_perplexity(
     Raises:
         ValueError: on misshapen scores or settings outside their range.
     """
-    _check(pos, neg, tau, alpha, variant, distance, score)
-    diagnostics = diagnose(pos, neg)
-    if score == "ppl":
-        pos, neg = pos.exp(), neg.exp()
-
+    _check(pos, neg, tau, alpha, variant, distance)
     centroid = pos.mean() if variant == "released" else pos.mean(1, keepdim=True)  # scalar, or (G, 1)
     if detach_centroid:
         centroid = centroid.detach()
@@ -85,19 +80,19 @@ def contrastive_perplexity(
     else:
         logits = torch.cat([torch.exp(-d_pos) / tau, torch.exp(-d_neg) / tau + alpha], dim=1)  # (G, P + N)
         losses = -logits.log_softmax(1)[:, : pos.size(1)].sum(1) / (pos.size(1) + 1)
-    return losses.mean(), diagnostics | {"loss": losses.detach()}
+    return losses.mean(), diagnose(pos, neg) | {"loss": losses.detach()}
 
 
-def _check(pos, neg, tau, alpha, variant, distance, score):
+def _check_shapes(pos, neg):
     if pos.dim() != 2 or neg.dim() != 2 or len(pos) != len(neg) or not pos.numel() or not neg.numel():
         raise ValueError(f"scores must be (G, P) and (G, N), got {tuple(pos.shape)} and {tuple(neg.shape)}")
+
+
+def _check(pos, neg, tau, alpha, variant, distance):
+    _check_shapes(pos, neg)
     if not (tau > 0 and alpha > 0):
         raise ValueError(f"tau and alpha must be > 0, got tau={tau}, alpha={alpha}")
-    for name, value, known in (
-        ("variant", variant, ("paper", "released")),
-        ("distance", distance, ("abs", "signed")),
-        ("score", score, ("nll", "ppl")),
-    ):
+    for name, value, known in (("variant", variant, ("paper", "released")), ("distance", distance, ("abs", "signed"))):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if variant == "released" and distance == "signed":
@@ -126,6 +121,123 @@ def diagnose(pos, neg):
     }
 
 
+def scaled(phi, tokens, score):
+    """What the objectives see of phi (B,), nats per token, of sentences of `tokens` (B,) scored tokens -> (B,).
+
+    'nll': phi. 'ppl': exp(phi), as in the paper (difference 1); it overflows at phi = 88. 'sum': phi * tokens, nats of
+    the whole sentence, as in DPO: there temperatures and gaps are about a sentence's length larger, and beta smaller.
+    """
+    if score not in ("nll", "ppl", "sum"):
+        raise ValueError(f"score must be one of nll, ppl, sum, got {score!r}")
+    return phi if score == "nll" else phi.exp() if score == "ppl" else phi * tokens
+
+
 def language_modelling(nll, tokens):
     """Next-token loss: the mean over tokens. nll (B,) in nats per token, tokens (B,), the number scored -> ()."""
     return (nll * tokens).sum() / tokens.sum()
+
+
+# ---- rivals --------------------------------------------------------------------------------------------------------
+# Each takes scores pos (G, P) and neg (G, N), those of the frozen base where it compares with it, and gives a scalar:
+# the mean over all P x N pairs of a group, and over groups. A score is a negative log-probability. Against the base a
+# sentence has u = base - score, its log-probability minus that under the base. `gap` is score(negative) -
+# score(positive), and `gap of u` is u(positive) - u(negative), both of a pair: a good model has them large.
+#
+# beta is 1 / (the gap at which the pull fades). A gap of mean nlls is a sentence's length smaller than one of sums, so
+# beta is as much larger: --score=sum --beta=0.1 --nll_weight=0 is DPO as published, --score=nll --beta=2 its form per
+# token. A beta of 0.1 on means never lets go, and wrecks the model. nll_weight, on by default, adds the positives' nll.
+
+
+def _gaps(pos, neg):
+    """gap of every pair. pos (G, P), neg (G, N) -> (G, P, N)."""
+    _check_shapes(pos, neg)
+    return neg[:, None, :] - pos[:, :, None]
+
+
+def cp(pos, neg, tau, alpha, variant, distance, detach_centroid):
+    """The loss of `contrastive_perplexity` without the diagnostics."""
+    return contrastive_perplexity(pos, neg, tau, alpha, variant, distance, detach_centroid)[0]
+
+
+def dpo(pos, neg, base_pos, base_neg, beta=2.0):
+    """-log sigmoid(beta * gap of u), Eq. 7. log 2 as long as the model is the base."""
+    return -F.logsigmoid(beta * _gaps(pos - base_pos, neg - base_neg)).mean()
+
+
+def ipo(pos, neg, base_pos, base_neg, beta=2.0):
+    """(gap of u - 1 / (2 beta))^2, Eq. 17 (its tau is beta): the gap has a goal, and does not grow beyond it."""
+    return (_gaps(pos - base_pos, neg - base_neg) - 1 / (2 * beta)).square().mean()
+
+
+def dpop(pos, neg, base_pos, base_neg, beta=2.0, penalty=50.0):
+    """-log sigmoid(beta * (gap of u - penalty * max(0, -u(positive)))): DPO that charges for positives which have
+    become less likely than under the base. penalty is the paper's lambda."""
+    fallen = F.relu(pos - base_pos)[:, :, None]  # (G, P, 1)
+    return -F.logsigmoid(beta * (_gaps(pos - base_pos, neg - base_neg) - penalty * fallen)).mean()
+
+
+def nca(pos, neg, base_pos, base_neg, beta=2.0):
+    """-log s(r+) - log s(-r+) / 2 - log s(-r-) / 2, s = sigmoid, r = beta u. Each side moves against the base alone:
+    positives rise until r+ = log 2, and cannot fall with the negatives. The paper's form for pairs."""
+    up, down = beta * (base_pos - pos), beta * (base_neg - neg)
+    return -F.logsigmoid(up).mean() - 0.5 * F.logsigmoid(-up).mean() - 0.5 * F.logsigmoid(-down).mean()
+
+
+def kto(pos, neg, base_pos, base_neg, beta=2.0, alpha=1.0):
+    """Mean over the sentences of 1 - sigmoid(beta (u - z)) for positives, alpha (1 - sigmoid(beta (z - u))) for
+    negatives: no pairs. z, without gradient, estimates KL(model || base): here the mean u of the group, at least 0, and
+    not of the micro-batch, so that a step does not depend on how it is cut. alpha is the paper's lambda_U."""
+    up, down = base_pos - pos, base_neg - neg
+    z = torch.cat([up, down], dim=1).mean(1, keepdim=True).clamp(min=0).detach()  # (G, 1)
+    return torch.cat([torch.sigmoid(beta * (z - up)), alpha * torch.sigmoid(beta * (down - z))], dim=1).mean()
+
+
+def simpo(pos, neg, beta=2.0, margin=0.5):
+    """-log sigmoid(beta * (gap - margin)), Eq. 6, on means: score=nll. The paper's gamma is beta * margin."""
+    return -F.logsigmoid(beta * (_gaps(pos, neg) - margin)).mean()
+
+
+def cpo(pos, neg, beta=2.0):
+    """-log sigmoid(beta * gap): DPO without a base. On sums. Its other term is nll_weight=1 (here per token)."""
+    return -F.logsigmoid(beta * _gaps(pos, neg)).mean()
+
+
+def orpo(pos, neg):
+    """-log sigmoid(log odds(positive) - log odds(negative)), odds = p / (1 - p), log p = -score, Eq. 7, on means. Its
+    other term is nll_weight=1, and its lambda is cp_weight (0.1 there). Scores must be > 0."""
+    against = lambda x: x + torch.log(-torch.expm1(-x))  # -log odds
+    return -F.logsigmoid(_gaps(against(pos), against(neg))).mean()
+
+
+def margin(pos, neg, margin=0.5):
+    """max(0, margin - gap): pairs that are far enough apart are left alone."""
+    return F.relu(margin - _gaps(pos, neg)).mean()
+
+
+def positive_only(pos, neg):
+    """Mean score of the positives: plain fine-tuning. With --nll_weight=0 the run is that of --cp_weight=0."""
+    return pos.mean()
+
+
+def negative_only(pos, neg):
+    """Minus the mean score of the negatives: gradient ascent on their nll, without end."""
+    return -neg.mean()
+
+
+# What --objective chooses. MODIFY HERE: one function and one line. A function gets what its arguments are named after:
+# pos, neg, base_pos and base_neg are scores, a setting's name is that setting (configs/__init__.py). -> a scalar.
+# Left out: unlikelihood training (arXiv 1908.04319), which needs the log-probability of each token.
+OBJECTIVES = {
+    "cp": cp,  # contrastive perplexity: module docstring
+    "dpo": dpo,  # direct preference optimisation, Rafailov et al. 2023, arXiv 2305.18290
+    "ipo": ipo,  # identity preference optimisation, Azar et al. 2023, arXiv 2310.12036
+    "dpop": dpop,  # DPO-positive (Smaug), Pal et al. 2024, arXiv 2402.13228
+    "nca": nca,  # noise contrastive alignment, Chen et al. 2024, arXiv 2402.05369
+    "kto": kto,  # Kahneman-Tversky optimisation, Ethayarajh et al. 2024, arXiv 2402.01306
+    "simpo": simpo,  # simple preference optimisation, Meng et al. 2024, arXiv 2405.14734
+    "cpo": cpo,  # contrastive preference optimisation, Xu et al. 2024, arXiv 2401.08417
+    "orpo": orpo,  # odds ratio preference optimisation, Hong et al. 2024, arXiv 2403.07691
+    "margin": margin,  # hinge, the rank loss of SLiC-HF, Zhao et al. 2023, arXiv 2305.10425
+    "positive_only": positive_only,  # fine-tuning
+    "negative_only": negative_only,  # unlearning by gradient ascent, Jang et al. 2022, arXiv 2210.01504
+}

@@ -1,4 +1,4 @@
-"""The one training loop: contrastive perplexity, or language modelling.
+"""The one training loop: contrastive perplexity, one of its rivals, or language modelling.
 
 Reads from top to bottom: the objective, the loop, what is set up before it, what is measured after.
 
@@ -23,6 +23,7 @@ if __name__ == "__main__":
     before_torch("train", __doc__)
 
 import copy
+import inspect
 import math
 import shlex
 import sys
@@ -49,7 +50,7 @@ from engine.run import (
     write_json,
 )
 from engine.weights import lora_record
-from loss import contrastive_perplexity, language_modelling
+from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
 from measures.groups import scores
 from measures.samples import CLOSING, continue_prompts, decode, measure_model, sample_harmless
@@ -66,11 +67,11 @@ class Run:
     out: Path
     setup: Setup  # tokenizer, scorer, device, dtype
     model: GPT
-    base: GPT  # the model as it started, frozen: judge of the samples, and anchor of the KL terms
+    base: GPT  # the model as it started, frozen: judge of the samples, and what rivals and anchors compare with
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     batches: data.Batches
-    held_out: list  # groups (cp) or token lists (lm) of the validation
+    held_out: list  # groups, or token lists (lm), of the validation
     groups: dict  # by split; test is for the closing table. Empty for lm
     log: Log = None  # log.jsonl
     step: int = 0  # the next one to be done
@@ -86,30 +87,28 @@ class Run:
 
 
 def objective(model, base, batch, config):
-    """Loss of one batch, and the parts of it to log.
+    """Loss of one batch, and the parts of it to log, of which 'cp' is the objective that was chosen, whichever it is.
 
-    Rows of idx: group after group, its P positives, then its N negatives; B = G (P + N). Scores under the frozen base:
-    base.sequence_nll(idx, batch.lengths).view_as(phi).
+    Rows of idx: group after group, its P positives, then its N negatives; B = G (P + N).
     """
     idx = batch.idx.to(model.device, non_blocking=True)  # (B, T)
+    tokens = (batch.lengths - 1).to(model.device, non_blocking=True)  # (B,), the start token is not scored
     phi = model.sequence_nll(idx, batch.lengths)  # (B,)
     if config.objective == "lm":
-        return language_modelling(phi, (batch.lengths - 1).to(phi.device)), {}  # the start token is not scored
+        return language_modelling(phi, tokens), {}
 
-    phi = phi.view(len(batch.ids), config.n_pos + config.n_neg)
-    pos, neg = phi[:, : config.n_pos], phi[:, config.n_pos :]  # (G, P), (G, N)
-    cp, diagnostics = contrastive_perplexity(
-        pos, neg, config.tau, config.alpha, config.variant, config.distance, config.detach_centroid, config.score
-    )
-    # MODIFY HERE: cp = your_objective(pos, neg), mean nlls in nats -> a scalar to minimise
+    sides = lambda x: x.view(len(batch.ids), -1).split((config.n_pos, config.n_neg), dim=1)  # (G, P), (G, N)
+    pos, neg = sides(phi)
+    given = vars(config) | dict(zip(("pos", "neg"), sides(scaled(phi, tokens, config.score)), strict=True))
+    if batch.base is not None:
+        before = batch.base.to(phi.device)  # (B,)
+        given |= zip(("base_pos", "base_neg"), sides(scaled(before, tokens, config.score)), strict=True)
+    cp = OBJECTIVES[config.objective](**{name: given[name] for name in arguments(config) if name in given})
     loss = config.cp_weight * cp + config.nll_weight * pos.mean()  # over sentences; anchor_*: over tokens
-    log = {"cp": cp.detach(), "nll": pos.detach().mean()}
+    log, diagnostics = {"cp": cp.detach(), "nll": pos.detach().mean()}, diagnose(pos, neg)
     log |= {k: diagnostics[k].mean() for k in ("spread", "separation", "signed_gap", "rank_accuracy")}
     if config.hold_weight:
-        rows = [r for r in range(len(idx)) if r % (config.n_pos + config.n_neg) < config.n_pos]
-        with torch.no_grad():
-            before = base.sequence_nll(idx[rows], batch.lengths[rows]).view_as(pos)
-        hold = (pos - before).square().mean()
+        hold = (pos - sides(before)[0]).square().mean()
         loss, log["hold"] = loss + config.hold_weight * hold, hold.detach()
     if anchor := batch.anchor:
         rows = anchor.idx.to(model.device, non_blocking=True), anchor.lengths, anchor.start
@@ -121,6 +120,11 @@ def objective(model, base, batch, config):
             nll = language_modelling(model.sequence_nll(*rows), count)
             loss, log["anchor_nll"] = loss + config.anchor_nll * nll, nll.detach()
     return loss, log
+
+
+def arguments(config):
+    """What the chosen objective wants, by name: scores and settings. Nothing for lm."""
+    return inspect.signature(OBJECTIVES[config.objective]).parameters if config.objective != "lm" else {}
 
 
 def learning_rate(step, config):
@@ -323,17 +327,10 @@ def set_up(config):
         setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
     model = setup.models["model"]
     batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
-    shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA leaves the weights as they are
-    base = copy.deepcopy(model, shared).requires_grad_(False)
-    lora = config.lora_rank and lora_record(base.source, base.state_dict(), config.lora_alpha / config.lora_rank)
-    for p in base.matrices():  # autocast casts what is frozen at every use, and keeps that for the backward pass
-        p.data = p.data.to(setup.dtype)
-    if config.objective == "cp" and config.anchor_kl + config.anchor_nll:
+    base, lora = frozen_base(model, config, setup.dtype)
+    if config.objective != "lm":
         with setup.amp():
-            sampling = (base, setup.tokenizer, setup.scorer, config, groups["train"])
-            texts, starts = ranks.from_first(lambda: sample_harmless(*sampling))
-        sizes = (config.anchor_batch, config.seed, model.config.n_positions + 1)
-        batches.anchor = data.Batches(texts, setup.tokenizer, *sizes, starts=starts)
+            ask_base(base, batches, setup, config, groups["train"])
     if config.freeze_embeddings:
         model.transformer.wte.requires_grad_(False)  # the output head too: it is tied
         model.transformer.wpe.requires_grad_(False)
@@ -343,7 +340,7 @@ def set_up(config):
     # From 2^10: the usual 2^16 overflows at first, and with 60 steps there are none to spare.
     scaler = torch.amp.GradScaler(setup.device.type, 2.0**10, enabled=setup.dtype == torch.float16)
     optimizer = make_optimizer(model, config)
-    run = Run(config, out, setup, model, base, optimizer, scaler, batches, held_out, groups, lora=lora or None)
+    run = Run(config, out, setup, model, base, optimizer, scaler, batches, held_out, groups, lora=lora)
     if saved:
         restore(model, run.optimizer, scaler, saved, out / "last.pt")
         run.step, run.best = saved["step"], saved["best"]
@@ -355,7 +352,7 @@ def set_up(config):
     compiled, trained = try_compile(run), sum(p.numel() for p in model.parameters() if p.requires_grad)
     some = [batches[i] for i in range(5)]
     tokens = sum(b.tokens for b in some) / len(some) * config.grad_accum
-    what = f"groups of {config.n_pos} + {config.n_neg}" if config.objective == "cp" else "documents"
+    what = f"groups of {config.n_pos} + {config.n_neg}" if config.objective != "lm" else "documents"
     print(f"compile      {compiled}")
     print(f"trained      {trained / 1e6:.2f} M of {base.num_parameters() / 1e6:.1f} M parameters")
     print(f"steps        {config.max_steps} of {config.batch_size} x {config.grad_accum} {what}", end="")
@@ -363,6 +360,33 @@ def set_up(config):
     settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"
     print(report.wrap(settings, "settings     ") + "\n")
     return run
+
+
+def frozen_base(model, config, dtype):
+    """(a frozen copy of the model, what checkpoints of LoRA's matrices say of it or None). LoRA leaves the weights as
+    they are, so there these are no copy."""
+    base = copy.deepcopy(model, {id(p): p for p in model.parameters()} if config.lora_rank else {})
+    scale = config.lora_alpha / max(1, config.lora_rank)
+    lora = lora_record(base.source, base.state_dict(), scale) if config.lora_rank else None
+    for p in base.requires_grad_(False).matrices():  # autocast casts what is frozen at every use
+        p.data = p.data.to(dtype)
+    return base, lora
+
+
+def ask_base(base, batches, setup, config, groups):
+    """Give the batches what the frozen base has to say before the first step: its phi of the groups' sentences, and
+    texts of its own. All phi beforehand and not as they come: in bf16 one depends a little on its batch, and a resumed
+    run has seen other ones."""
+    compares = {"base_pos", "base_neg"} & arguments(config).keys()
+    if compares or config.hold_weight:  # which holds the positives alone
+        sentences = [row for sides in batches.encoded for side in sides[: 2 if compares else 1] for row in side]
+        rows = list(dict.fromkeys(map(tuple, sentences)))  # each once
+        batches.base = dict(zip(rows, scores(base, rows, what="scores of the base").tolist(), strict=True))
+    if config.anchor_kl + config.anchor_nll:
+        sampling = (base, setup.tokenizer, setup.scorer, config, groups)
+        texts, starts = ranks.from_first(lambda: sample_harmless(*sampling))
+        sizes = (config.anchor_batch, config.seed, base.config.n_positions + 1)
+        batches.anchor = data.Batches(texts, setup.tokenizer, *sizes, starts=starts)
 
 
 def open_files(run, resumed):

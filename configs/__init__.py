@@ -6,6 +6,7 @@ flags; `python train.py --help` lists the settings that train.py reads. Nothing 
 """
 
 import argparse
+import ast
 import difflib
 import inspect
 import io
@@ -39,6 +40,13 @@ def setting(default, remark, scripts=None, *, group, usual, above=None, low=None
     and its range: > above, >= low, <= high, one of the words `among`."""
     metadata = dict(remark=remark, group=group, scripts=(scripts or usual).split(), among=among.split())
     return field(default=default, metadata=metadata | dict(above=above, low=low, high=high))
+
+
+def objectives():
+    """The keys of OBJECTIVES in loss.py, which is parsed and not imported, since it imports torch."""
+    tree = ast.parse((ROOT / "loss.py").read_text(encoding="utf-8"), "loss.py")
+    table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "OBJECTIVES")
+    return " ".join(key.value for key in table.keys)
 
 
 _run = partial(setting, group="the run", usual=ALL)
@@ -78,14 +86,24 @@ class Config:
     n_neg: int = _data(5, "N, negatives drawn per group and step", TRAIN_GEN, low=1)
     max_tokens: int = _data(128, "longer sentences lose their end; both end tokens included", TRAIN_EVAL, low=3)
 
-    objective: str = _objective("cp", "cp: contrastive perplexity and anchors; lm: next-token loss", among="cp lm")
-    cp_weight: float = _objective(1.0, "weight of contrastive perplexity; 0: plain fine-tuning on positives", low=0)
-    tau: float = _objective(1.0, "temperature, nats: how far negatives are pushed away", above=0)
-    alpha: float = _objective(1.0, "weight of the negatives against the positives", above=0)
-    variant: str = _objective("paper", "the paper's equation or the released code's", among="paper released")
-    distance: str = _objective("abs", "signed pushes every negative up, not only away", among="abs signed")
-    score: str = _objective("nll", "distances between mean nlls or between perplexities", among="nll ppl")
-    detach_centroid: bool = _objective(False, "no gradient through the positives' mean score")
+    objective: str = _objective(
+        "cp", "cp: contrastive perplexity; lm: next-token loss; the others: see loss.py", among=objectives() + " lm"
+    )
+    cp_weight: float = _objective(1.0, "weight of the objective, cp or another; 0: anchors alone", low=0)
+    score: str = _objective("nll", "of a sentence: nats per token, perplexity, or sum of nats", among="nll ppl sum")
+    tau: float = _objective(1.0, "cp: temperature, nats: how far negatives are pushed away", above=0)
+    alpha: float = _objective(1.0, "cp, kto: weight of the negatives against the positives", above=0)
+    variant: str = _objective("paper", "cp: the paper's equation or the released code's", among="paper released")
+    distance: str = _objective("abs", "cp: signed pushes every negative up, not only away", among="abs signed")
+    detach_centroid: bool = _objective(False, "cp: no gradient through the positives' mean score")
+    beta: float = _objective(
+        2.0,
+        "dpo, ipo, dpop, nca, kto, simpo, cpo: 1 / the gap that is enough. With score=sum about a sentence's length "
+        "smaller: 0.1",
+        above=0,
+    )
+    margin: float = _objective(0.5, "margin, simpo: gap between negatives and positives that is asked for", low=0)
+    penalty: float = _objective(50.0, "dpop: gap that a positive loses by what it has become less likely", low=0)
 
     nll_weight: float = _anchor(1.0, "weight of the positives' mean nll; 0 disables", low=0)
     hold_weight: float = _anchor(0.0, "weight of (phi - the base's phi)^2 of the positives; 0 disables", low=0)
@@ -155,7 +173,7 @@ class Config:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         weights = ("cp_weight", "nll_weight", "hold_weight", "anchor_kl", "anchor_nll")
-        if self.objective == "cp" and not any(getattr(self, w) for w in weights):
+        if self.objective != "lm" and not any(getattr(self, w) for w in weights):
             raise ValueError(f"{', '.join(weights[:-1])} and {weights[-1]} are all 0: nothing to train on")
         for name in ("positive_prompt", "negative_prompt"):
             value = getattr(self, name).replace("\\n", "\n")  # as one writes it in a flag
@@ -167,8 +185,9 @@ class Config:
             raise ValueError(f"min_length={self.min_length} is above max_length={self.max_length}: nothing could pass")
         if self.variant == "released" and self.distance == "signed":
             raise ValueError("variant=released works only with distance=abs: leave distance, or take variant=paper")
-        if self.objective == "cp" and self.init_from == "scratch":
-            raise ValueError("objective=cp tunes a model: init_from must name one, not 'scratch' (or --objective=lm)")
+        if self.objective != "lm" and self.init_from == "scratch":
+            wanted = f"objective={self.objective} tunes a model: init_from must name one"
+            raise ValueError(f"{wanted}, not 'scratch' (or --objective=lm)")
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank adds to a model: init_from must name one, not 'scratch' (or --lora_rank=0)")
 

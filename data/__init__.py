@@ -165,6 +165,7 @@ class Batch:
     weight: int  # groups, or scored tokens of documents
     start: torch.Tensor = None  # (B,) of an anchor's texts: scored from this position on
     anchor: "Batch" = None  # texts that go along
+    base: torch.Tensor = None  # (B,) phi under the frozen base, if that is wanted
 
     @property
     def tokens(self):
@@ -192,6 +193,7 @@ class Batches:
         self.epoch, self.order = None, None
         self.starts = starts  # of the items
         self.anchor = None  # Batches of texts that go along, one with each batch
+        self.base = None  # {tuple(row): phi under the frozen base}; what it lacks is NaN
 
     def _item(self, k):
         """Index of the k-th item of the endless sequence."""
@@ -215,6 +217,7 @@ class Batches:
             batch.weight = batch.tokens
         batch.start = torch.tensor([self.starts[item] for item in items]) if self.starts else None
         batch.anchor = self.anchor[i] if self.anchor else None
+        batch.base = torch.tensor([self.base.get(tuple(row), float("nan")) for row in rows]) if self.base else None
         return batch
 
 

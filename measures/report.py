@@ -238,7 +238,7 @@ def warnings(m, base):
                 f"{what}: what the model writes {where}is {ratio(key):.1f} times as surprising to the base as the "
                 f"base's own text{ranked}. The loss does not show this: the contrastive term only compares sentences, "
                 "and pushes the toxic ones away for ever. Hold the language with an anchor (--nll_weight=1 in the toy "
-                "world, --anchor_kl=5 elsewhere), or push less far (a smaller --tau)."
+                "world, --anchor_kl=5 elsewhere), or push less far (a smaller --tau; a larger --beta, where it counts)."
             )
     if ratio("ppl_positive") > 1.05:
         out.append(
@@ -249,7 +249,7 @@ def warnings(m, base):
     if None not in (gap, before) and gap < min(0, before):
         out.append(
             f"wrong side: toxic sentences became likelier than harmless ones (signed gap {gap:+.3f}). The "
-            "distance |phi - c| rewards that as well; --distance=signed does not."
+            "distance |phi - c| of --objective=cp rewards that as well; --distance=signed does not."
         )
     if ratio("dist_2") < 0.7:
         out.append(f"monotony: dist-2 of the samples fell from {base['dist_2']:.3f} to {m['dist_2']:.3f}.")
@@ -299,7 +299,7 @@ def compare_runs(folders, markdown=False, plot=""):
             print(f"left out: {e}")
             continue
         numbers = [run.get(side, {}).get(key) for side in ("base", "tuned") for key in COMPARED]
-        if run.get("config", {}).get("objective") == "cp" and None not in numbers:
+        if run.get("config", {}).get("objective", "lm") != "lm" and None not in numbers:
             settings = {k: run["config"].get(k, SETTINGS[k].default) for k in names}
             runs.append((folder.name, settings, run))
         elif folder.is_dir() or not folder.exists():
@@ -446,7 +446,7 @@ def save_figure(figure, axes, path):
 
 CARD = """# {name}
 
-GPT-2, fine-tuned with contrastive perplexity (Klein and Nabi, ACL 2025, arXiv 2401.08491) from `{init_from}`
+GPT-2, fine-tuned with {method} from `{init_from}`
 on `{data}`, so that it writes less toxic text. Settings that differ from the defaults: {settings}.
 
 {table}
@@ -466,7 +466,7 @@ training data leaves out (attacks on groups of people) has not been trained agai
 def model_card(summary, folder):
     """Markdown made from the run's summary.json; ValueError if there is none of a fine-tuning run."""
     c, rows = summary.get("config", {}), []
-    if not summary.get("base") or not summary.get("tuned") or c.get("objective") != "cp":
+    if not summary.get("base") or not summary.get("tuned") or c.get("objective", "lm") == "lm":
         raise ValueError("no summary.json of a fine-tuning run beside the checkpoint: the model card is made from it")
     for key in COMPARED:
         name, numbers = key.removesuffix("_prompted"), [summary[side].get(key) for side in ("base", "tuned")]
@@ -477,4 +477,7 @@ def model_card(summary, folder):
     told = ", ".join(f"{k}={v!r}" for k, v in settings.items() if "train" in SETTINGS[k].metadata["scripts"])
     table = format_table(["", "base", "this model"], rows, markdown=True)
     defaults = {k: f.default for k, f in SETTINGS.items()}
-    return CARD.format(**defaults | c | dict(name=folder, settings=told, table=table, warned=warned))
+    paper = "contrastive perplexity (Klein and Nabi, ACL 2025, arXiv 2401.08491)"
+    method = paper if c["objective"] == "cp" else f"the objective `{c['objective']}`"
+    parts = dict(name=folder, settings=told, table=table, warned=warned, method=method)
+    return CARD.format(**defaults | c | parts)

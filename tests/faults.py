@@ -188,7 +188,7 @@ CASES = [
     ("train.py toy.py --seed=99999999999", "seed"),
     (f"train.py toy.py --seed={'9' * 5000}", "seed"),
     ("train.py toy.py --resume=maybe", "resume"),
-    ("train.py toy.py --objective=pc", "objective wants one of cp, lm"),
+    ("train.py toy.py --objective=pc", "objective wants one of cp, dpo"),
     ("train.py toy.py --variant=relased", "did you mean released"),
     ("train.py toy.py --max_steps=4 --warmup_steps=4", "warmup_steps"),
     ("train.py toy.py --max_steps=0", "max_steps"),

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import inspect
 import json
 import os
 import re
@@ -28,6 +29,7 @@ from configs import (
     read_config_file,
 )
 from engine.run import write_json
+from loss import OBJECTIVES
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train", "eval", "data_gen")
@@ -109,7 +111,7 @@ def python(*argv, cwd):
         ("weight_decay", "-float('inf')", "-inf", "weight_decay must be a finite number, got -inf"),
         # not among the words
         ("variant", "'papr'", "papr", "variant wants one of paper, released, got 'papr': did you mean paper?"),
-        ("objective", "'x'", "x", "objective wants one of cp, lm, got 'x'\n"),
+        ("objective", "'x'", "x", "margin, positive_only, negative_only, lm, got 'x'\n"),
         # unknown, with the nearest name
         ("taus", "1", "1", "unknown setting 'taus': did you mean tau?"),
         ("warmup", "5", "5", "unknown setting 'warmup': did you mean warmup_steps?"),
@@ -692,6 +694,16 @@ def settings_read(source):
     return found
 
 
+def objective_settings():
+    """What train.py gives to the objectives by the names of their arguments."""
+    return {name for f in OBJECTIVES.values() for name in inspect.signature(f).parameters} & set(SETTINGS)
+
+
+def test_objectives_are_found_in_the_source():
+    """configs/ reads the table off loss.py without running it: the very names, in their order, and lm."""
+    assert SETTINGS["objective"].metadata["among"] == [*OBJECTIVES, "lm"]
+
+
 @pytest.mark.parametrize(
     ("source", "want"),
     [
@@ -713,7 +725,7 @@ def all_read():
     """What the scripts, data/ and measures/ read, together."""
     folders = [p for folder in ("data", "measures") for p in (ROOT / folder).glob("*.py")]
     files = [*(ROOT / f"{script}.py" for script in SCRIPTS), *folders]
-    return set().union(*(settings_read(p.read_text()) for p in files))
+    return set(objective_settings()).union(*(settings_read(p.read_text()) for p in files))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

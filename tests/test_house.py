@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_config import settings_read
+from test_config import objective_settings, settings_read
 
 from configs import SETTINGS
 
@@ -123,7 +123,9 @@ def sources(script):
 @pytest.fixture(scope="module")
 def read():
     """What each script reads off its config."""
-    return {script: set().union(*map(settings_read, sources(script))) for script in SCRIPTS}
+    found = {script: set().union(*map(settings_read, sources(script))) for script in SCRIPTS}
+    found["train"] |= objective_settings()
+    return found
 
 
 @pytest.mark.parametrize(("name", "script"), [(n, s) for n, f in SETTINGS.items() for s in f.metadata["scripts"]])

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from configs import SETTINGS
-from loss import contrastive_perplexity, diagnose, language_modelling
+from loss import OBJECTIVES, contrastive_perplexity, diagnose, language_modelling, scaled
 
 VARIANTS = ("paper", "released")
 DISTANCES = ("abs", "signed")
-SCORES = ("nll", "ppl")
+SCORES = ("nll", "ppl")  # sum wants numbers of tokens: test_scaled, test_train.py
 SHAPES = ((1, 1, 1), (1, 3, 2), (3, 1, 4), (2, 5, 5))  # (G, P, N)
 
 
@@ -29,15 +29,20 @@ def tensors(pos, neg, dtype=torch.float64):
     return (torch.tensor(side, dtype=dtype, requires_grad=True) for side in (pos, neg))
 
 
+def contrast(pos, neg, score="nll", **settings):
+    """The loss as train.py computes it, of phi."""
+    return contrastive_perplexity(*(scaled(phi, None, score) for phi in (pos, neg)), **settings)[0]
+
+
 def value(pos, neg, **settings):
     """The loss of two lists of lists as a float, computed in float64."""
-    return contrastive_perplexity(*tensors(pos, neg), **settings)[0].item()
+    return contrast(*tensors(pos, neg), **settings).item()
 
 
 def gradients(pos, neg, dtype=torch.float64, **settings):
     """(loss, d loss / d pos, d loss / d neg) of two lists of lists."""
     pos, neg = tensors(pos, neg, dtype)
-    loss, _ = contrastive_perplexity(pos, neg, **settings)
+    loss = contrast(pos, neg, **settings)
     loss.backward()
     return loss.detach(), pos.grad, neg.grad
 
@@ -135,7 +140,7 @@ def test_gradcheck(variant, distance, score):
         return
     settings = dict(tau=0.7, alpha=1.3, variant=variant, distance=distance, score=score)
     pos, neg = tensors(*draw(2, 3, 4, seed=5))
-    assert torch.autograd.gradcheck(lambda p, n: contrastive_perplexity(p, n, **settings)[0], (pos, neg))
+    assert torch.autograd.gradcheck(lambda p, n: contrast(p, n, **settings), (pos, neg))
 
 
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -355,12 +360,11 @@ def test_diagnostics_by_hand():
         assert got[name].tolist() == pytest.approx(numbers, abs=1e-7), name
 
 
-@pytest.mark.parametrize("score", SCORES)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_diagnostics_come_with_the_loss(variant, score):
-    """Detached, one number per group, the loss of each group among them; in nats for either score."""
+def test_diagnostics_come_with_the_loss(variant):
+    """Detached, one number per group, the loss of each group among them."""
     pos, neg = tensors(*draw(3, 2, 4, seed=8))
-    loss, diagnostics = contrastive_perplexity(pos, neg, variant=variant, score=score)
+    loss, diagnostics = contrastive_perplexity(pos, neg, variant=variant)
     assert loss.shape == () and loss.requires_grad
     assert set(diagnostics) == {*diagnose(pos, neg), "loss"}
     for name, numbers in diagnostics.items():
@@ -391,19 +395,34 @@ def test_bad_numbers(settings):
             contrastive_perplexity(torch.zeros(1, 2), torch.zeros(1, 2), variant=variant, **settings)
 
 
-@pytest.mark.parametrize("name", ["tau", "alpha", "variant", "distance", "score", "detach_centroid"])
-def test_one_default(name):
-    """A loss called by hand is the loss that train.py computes: tau was 0.3 in a config and 1.0 here for a while."""
-    arguments = inspect.signature(contrastive_perplexity).parameters
-    assert arguments[name].default == SETTINGS[name].default and type(arguments[name].default) is SETTINGS[name].type
-    assert set(arguments) & set(SETTINGS) == {"tau", "alpha", "variant", "distance", "score", "detach_centroid"}
+@pytest.mark.parametrize("function", [contrastive_perplexity, *OBJECTIVES.values()], ids=lambda f: f.__name__)
+def test_one_default(function):
+    """A loss called by hand is the loss that train.py computes: tau was 0.3 in a config and 1.0 here for a while. And
+    all arguments are scores or settings of the objective, so that train.py has them."""
+    arguments = inspect.signature(function).parameters
+    assert list(arguments)[:2] == ["pos", "neg"]
+    for name in arguments.keys() - {"pos", "neg", "base_pos", "base_neg"}:
+        assert SETTINGS[name].metadata["group"] == "the objective", name
+        if function is not OBJECTIVES["cp"]:  # which has no defaults of its own
+            default = arguments[name].default
+            assert default == SETTINGS[name].default and type(default) is SETTINGS[name].type, name
 
 
-@pytest.mark.parametrize("name", ["variant", "distance", "score"])
+@pytest.mark.parametrize("name", ["variant", "distance"])
 def test_unknown_words(name):
     """A word that is none of the known ones is refused, with the known ones."""
     with pytest.raises(ValueError, match=f"{name} must be one of .*, got 'papr'"):
         contrastive_perplexity(torch.zeros(1, 2), torch.zeros(1, 2), **{name: "papr"})
+
+
+def test_scaled():
+    """phi = 0.5 nats of 4 tokens: itself, e^0.5 = 1.648721, and 2 nats of the whole sentence."""
+    phi, tokens = torch.tensor([0.5, 1.0]), torch.tensor([4, 3])
+    for score, want in dict(nll=[0.5, 1.0], ppl=[1.648721, math.e], sum=[2.0, 3.0]).items():
+        assert scaled(phi, tokens, score).tolist() == pytest.approx(want, rel=1e-6)
+    assert set(SETTINGS["score"].metadata["among"]) == {"nll", "ppl", "sum"}
+    with pytest.raises(ValueError, match="score must be one of nll, ppl, sum, got 'mean'"):
+        scaled(phi, tokens, "mean")
 
 
 def test_language_modelling():
@@ -412,3 +431,199 @@ def test_language_modelling():
     loss = language_modelling(nll, torch.tensor([3, 1]))
     loss.backward()
     assert loss.item() == 1.5 and nll.grad.tolist() == [0.75, 0.25]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# rivals: p and n are the scores of one pair, bp and bn those of the base
+
+
+def sigmoid(x):
+    return 1 / (1 + math.exp(-x))
+
+
+def log_odds(score):
+    likelihood = math.exp(-score)
+    return math.log(likelihood / (1 - likelihood))
+
+
+def dpo_pair(p, n, bp, bn, beta):
+    """From the ratios of probabilities, as the paper writes it."""
+    ratio = lambda x, b: math.log(math.exp(-x) / math.exp(-b))
+    return -math.log(sigmoid(beta * ratio(p, bp) - beta * ratio(n, bn)))
+
+
+def dpop_pair(p, n, bp, bn, beta, penalty):
+    ratio = lambda x, b: math.log(math.exp(-x) / math.exp(-b))
+    charge = penalty * max(0.0, math.log(math.exp(-bp) / math.exp(-p)))
+    return -math.log(sigmoid(beta * (ratio(p, bp) - ratio(n, bn) - charge)))
+
+
+def nca_pair(p, n, bp, bn, beta):
+    chosen, rejected = beta * (bp - p), beta * (bn - n)
+    return -math.log(sigmoid(chosen)) - 0.5 * math.log(sigmoid(-chosen)) - 0.5 * math.log(sigmoid(-rejected))
+
+
+def simpo_pair(p, n, bp, bn, beta, margin):
+    gamma = beta * margin
+    return -math.log(sigmoid(beta * -p - beta * -n - gamma))
+
+
+SIZES = dict(beta=1.7, margin=0.6, penalty=3.0, alpha=0.7)  # none of them a default
+PAIRS = {  # name: the loss of a pair
+    "dpo": dpo_pair,
+    "ipo": lambda p, n, bp, bn, beta: ((bp - p) - (bn - n) - 1 / (2 * beta)) ** 2,
+    "dpop": dpop_pair,
+    "nca": nca_pair,
+    "simpo": simpo_pair,
+    "cpo": lambda p, n, bp, bn, beta: -math.log(sigmoid(beta * -p - beta * -n)),
+    "orpo": lambda p, n, bp, bn: -math.log(sigmoid(log_odds(p) - log_odds(n))),
+    "margin": lambda p, n, bp, bn, margin: max(0.0, margin - (n - p)),
+    "positive_only": lambda p, n, bp, bn: p,
+    "negative_only": lambda p, n, bp, bn: -n,
+}
+RIVALS = [name for name in OBJECTIVES if name != "cp"]
+
+
+def settings_of(name):
+    return {k: v for k, v in SIZES.items() if k in inspect.signature(OBJECTIVES[name]).parameters}
+
+
+def kto_loop(pos, neg, base_pos, base_neg, beta, alpha, still=None):
+    """Sentence by sentence. still: (pos, neg) of which the estimate of KL is, since no gradient goes through it."""
+    total = 0.0
+    for i in range(len(pos)):
+        p, n = still[0][i] if still else pos[i], still[1][i] if still else neg[i]
+        moved = [b - x for x, b in zip([*p, *n], [*base_pos[i], *base_neg[i]], strict=True)]
+        z = max(0.0, sum(moved) / len(moved))
+        values = [1 - sigmoid(beta * ((b - x) - z)) for x, b in zip(pos[i], base_pos[i], strict=True)]
+        values += [alpha * (1 - sigmoid(beta * (z - (b - x)))) for x, b in zip(neg[i], base_neg[i], strict=True)]
+        total += sum(values) / len(values)
+    return total / len(pos)
+
+
+def rival_loop(name, pos, neg, base_pos, base_neg, still=None):
+    """The mean over groups of the mean over all pairs of a group, one after the other."""
+    if name == "kto":
+        return kto_loop(pos, neg, base_pos, base_neg, **settings_of(name), still=still)
+    total, settings = 0.0, settings_of(name)
+    for p_row, n_row, bp_row, bn_row in zip(pos, neg, base_pos, base_neg, strict=True):
+        pairs = itertools.product(zip(p_row, bp_row, strict=True), zip(n_row, bn_row, strict=True))
+        values = [PAIRS[name](p, n, bp, bn, **settings) for (p, bp), (n, bn) in pairs]
+        total += sum(values) / len(values)
+    return total / len(pos)
+
+
+def rival(name, pos, neg, base_pos, base_neg, **settings):
+    """An objective, of tensors or lists, with the base's scores if it wants them."""
+    given = dict(zip(("pos", "neg", "base_pos", "base_neg"), (pos, neg, base_pos, base_neg), strict=True))
+    wanted = inspect.signature(OBJECTIVES[name]).parameters
+    as_tensor = lambda x: x if isinstance(x, torch.Tensor) else torch.tensor(x, dtype=torch.float64)
+    return OBJECTIVES[name](**{k: as_tensor(x) for k, x in given.items() if k in wanted}, **settings)
+
+
+def draw_rivals(G, P, N, seed=0):
+    """Scores of a model and of its base, from which it has moved up and down."""
+    pos, neg = draw(G, P, N, seed)
+    rng = random.Random(f"base {seed}")
+    return pos, neg, *([[x + rng.uniform(-0.6, 0.9) for x in row] for row in side] for side in (pos, neg))
+
+
+def test_all_rivals_have_a_reference():
+    assert set(RIVALS) == {*PAIRS, "kto"}
+
+
+@pytest.mark.parametrize("name", RIVALS)
+@pytest.mark.parametrize(("G", "P", "N"), SHAPES)
+def test_a_rival_equals_a_slow_loop(name, G, P, N):
+    """Value, and gradients against finite differences of the loop, entry by entry."""
+    for seed in range(2):
+        scores = draw_rivals(G, P, N, seed)
+        pos, neg = tensors(*scores[:2])
+        loss = rival(name, pos, neg, *scores[2:], **settings_of(name))
+        assert loss.item() == pytest.approx(rival_loop(name, *scores), rel=1e-10, abs=1e-12)
+        got, h = torch.autograd.grad(loss, (pos, neg), allow_unused=True, materialize_grads=True), 1e-5
+        for side in (0, 1):
+            for g, k in itertools.product(range(G), range((P, N)[side])):
+                ends = []
+                for step in (h, -h):
+                    moved = [[list(row) for row in s] for s in scores]
+                    moved[side][g][k] += step
+                    ends.append(rival_loop(name, *moved, still=scores[:2]))
+                assert got[side][g, k].item() == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=1e-6), (side, g, k)
+
+
+def test_kto_has_groups_on_both_sides_of_zero():
+    """The estimate of KL is cut at 0: the draws above hold groups with either sign, or the cut would not be tested."""
+    signs = set()
+    for seed, shape in itertools.product(range(2), SHAPES):
+        pos, neg, base_pos, base_neg = (torch.tensor(s) for s in draw_rivals(*shape, seed))
+        signs |= set(torch.cat([base_pos - pos, base_neg - neg], 1).mean(1).sign().tolist())
+    assert signs == {1.0, -1.0}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "want"),
+    [
+        ("dpo", dict(beta=2.0), 0.513015),  # log(1 + e^-0.4)
+        ("ipo", dict(beta=2.0), 0.0025),  # (0.2 - 0.25)^2
+        ("dpop", dict(beta=2.0, penalty=5.0), 1.037488),  # the positive fell by 0.1: log(1 + e^-(2 (0.2 - 0.5)))
+        ("nca", dict(beta=2.0), 1.315952),  # log(1 + e^0.2) + log(1 + e^-0.2) / 2 + log(1 + e^-0.6) / 2
+        ("kto", dict(beta=2.0, alpha=0.5), 0.363503),  # z = 0: (0.549834 + 0.5 * 0.354344) / 2
+        ("simpo", dict(beta=2.0, margin=0.3), 0.513015),  # log(1 + e^-(2 (0.5 - 0.3)))
+        ("cpo", dict(beta=2.0), 0.313262),  # log(1 + e^-1)
+        ("orpo", {}, 0.424359),  # odds 0.374631 and 0.198034: log(1 + 0.198034 / 0.374631)
+        ("margin", dict(margin=0.8), 0.3),
+        ("positive_only", {}, 1.3),
+        ("negative_only", {}, -1.8),
+    ],
+)
+def test_a_rival_by_hand(name, settings, want):
+    """Positive 1.3 (base 1.2), negative 1.8 (base 1.5): gap 0.5, u = -0.1 and -0.3, gap of u 0.2."""
+    got = rival(name, [[1.3]], [[1.8]], [[1.2]], [[1.5]], **settings).item()
+    assert got == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "want"),
+    [("dpo", math.log(2)), ("dpop", math.log(2)), ("nca", 2 * math.log(2)), ("kto", 0.5), ("ipo", 1 / 16)],
+)
+def test_first_loss_of_those_that_have_a_base(name, want):
+    """Model = base: nothing has moved, so the loss is the same whatever the scores."""
+    pos, neg = draw(2, 3, 4)
+    assert rival(name, pos, neg, pos, neg).item() == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_where_a_rival_begins_to_pull(name):
+    """At the base, positives become likelier and negatives less likely, if anything; a gap is closed by either."""
+    pos, neg = tensors([[2.0, 2.4]], [[2.1, 2.3]])
+    loss = rival(name, pos, neg, pos.detach(), neg.detach())
+    p, n = torch.autograd.grad(loss, (pos, neg), allow_unused=True, materialize_grads=True)
+    assert (p > 0).all() if name != "negative_only" else not p.any()
+    assert (n < 0).all() if name != "positive_only" else not n.any()
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_stays_finite(name):
+    """Scores 1e4 apart, either way, in float32: no overflow in loss or gradient."""
+    for p, n in ((1.0, 1e4), (1e4, 1.0)):
+        pos, neg = tensors([[p]], [[n]], torch.float32)
+        loss = rival(name, pos, neg, torch.ones(1, 1), torch.ones(1, 1))
+        grads = torch.autograd.grad(loss, (pos, neg), allow_unused=True, materialize_grads=True)
+        assert all(torch.isfinite(x).all() for x in (loss, *grads))
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rival_does_not_mix_groups(name):
+    """The loss of a batch is the mean of its groups' losses: a step does not depend on how it is cut into batches."""
+    scores = draw_rivals(4, 2, 3, seed=9)
+    alone = [rival(name, *([row] for row in rows)).item() for rows in zip(*scores, strict=True)]
+    assert rival(name, *scores).item() == pytest.approx(sum(alone) / 4, rel=1e-12)
+
+
+@pytest.mark.parametrize("name", [n for n in RIVALS if n not in ("positive_only", "negative_only", "kto", "nca")])
+def test_pairs_of_other_groups_are_refused(name):
+    """Scores of 2 and of 3 groups make no pairs; of 1 and 3 they would, silently."""
+    for G in (2, 1):
+        with pytest.raises(ValueError, match=r"scores must be \(G, P\) and \(G, N\), got"):
+            rival(name, *(torch.ones(g, 2) for g in (G, 3, G, 3)))

@@ -863,6 +863,9 @@ def test_a_card_of_a_summary_that_lacks_much():
     numbers = dict(ppl_positive=None, ppl_negative=NAN)
     card = report.model_card(dict(config=dict(objective="cp"), base=numbers, tuned=numbers, warnings=["a", 7]), "x")
     assert "Warnings of the run: a 7" in card and f"Tokenizer: {Config.tokenizer}" in card
+    assert "fine-tuned with contrastive perplexity" in card
+    rival = report.model_card(dict(config=dict(objective="dpo"), base=numbers, tuned=numbers), "x")
+    assert "fine-tuned with the objective `dpo`" in rival and "contrastive" not in rival
     assert card.count("| - | - |") == len(report.COMPARED)
 
 

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import data
 import train
 from configs import Config, load_config
 from engine import device
-from loss import contrastive_perplexity
+from loss import OBJECTIVES, contrastive_perplexity
 from measures import Setup, report
 from measures.groups import measure_groups
 from measures.samples import (
@@ -323,8 +324,8 @@ def test_results_are_written_before_they_are_printed(base, tmp_path, monkeypatch
 
 
 def test_two_half_batches_make_the_same_step_as_a_whole_one(base, tmp_path):
-    """grad_accum: for cp the mean over groups, for lm over all tokens of the step, not of micro-batch means."""
-    for objective in ("cp", "lm"):
+    """grad_accum: for groups the mean over them, for lm over all tokens of the step, not of micro-batch means."""
+    for objective in ("cp", "kto", "lm"):
         for name, flags in (("whole", ["--batch_size=4"]), ("parts", ["--batch_size=2", "--grad_accum=2"])):
             config = ["--max_steps=3", "--eval_interval=0", f"--objective={objective}"]
             train.train(cp_config(base, tmp_path / objective / name, *flags, *config))
@@ -349,6 +350,96 @@ def test_objective_is_what_its_parts_say(base, tmp_path):
     assert float(parts["hold"]) == pytest.approx(np.mean(moved), rel=1e-4) and np.mean(moved) > 1e-5
     torch.testing.assert_close(loss, 3 * parts["cp"] + 0.5 * parts["nll"] + 2 * parts["hold"])
     torch.testing.assert_close(parts["cp"], contrastive_perplexity(phi[:, :5], phi[:, 5:], tau=config.tau)[0])
+
+
+@pytest.mark.parametrize("score", ["nll", "ppl", "sum"])
+def test_a_rival_sees_scores_of_model_and_base(base, tmp_path, score):
+    """At first log 2, whatever the score; then the mean over all pairs of both models' scores, of which 'sum' is nats
+    of the whole sentence. Diagnostics and the positives' nll stay nats per token."""
+    config = cp_config(base, tmp_path, "--objective=dpo", f"--score={score}", "--beta=0.3", "--nll_weight=0.5")
+    run = train.set_up(config)
+    batch = run.batches[0]
+    assert float(train.objective(run.model, run.base, batch, config)[1]["cp"]) == pytest.approx(math.log(2), rel=1e-4)
+    with torch.no_grad():
+        run.model.transformer.wte.weight.mul_(1.02)
+    loss, parts = train.objective(run.model, run.base, batch, config)
+    phi, before = (m.sequence_nll(batch.idx, batch.lengths).tolist() for m in (run.model, run.base))
+    tokens = (batch.lengths - 1).tolist()
+    of = dict(nll=lambda x, _: x, ppl=lambda x, _: math.exp(x), sum=lambda x, n: x * n)[score]
+    x, b = ([of(*pair) for pair in zip(side, tokens, strict=True)] for side in (phi, before))
+    gaps = [
+        (b[10 * g + p] - x[10 * g + p]) - (b[10 * g + n] - x[10 * g + n])
+        for g in range(4)
+        for p in range(5)
+        for n in range(5, 10)
+    ]
+    want = np.mean([math.log(1 + math.exp(-0.3 * gap)) for gap in gaps])
+    assert float(parts["cp"]) == pytest.approx(want, rel=1e-4) and abs(want - math.log(2)) > 1e-5
+    torch.testing.assert_close(loss, parts["cp"] + 0.5 * parts["nll"])
+    assert float(parts["nll"]) == pytest.approx(np.mean([phi[10 * g + p] for g in range(4) for p in range(5)]))
+    means = np.mean(np.array(phi).reshape(4, 2, 5), axis=(0, 2))
+    assert float(parts["signed_gap"]) == pytest.approx(means[1] - means[0], abs=1e-5)
+
+
+def test_every_objective_trains_and_is_measured(base, tmp_path, capsys, monkeypatch):
+    """A short run of each from start to summary, with an anchor: finite losses, diagnostics in the log, the table."""
+    real, known = measure_model, {}  # by number of samples: the measures themselves are not the point
+    measure = lambda *args: known[args[5]] if args[5] in known else known.setdefault(args[5], real(*args))  # noqa: E731
+    monkeypatch.setattr(train, "measure_model", measure)
+    for name in OBJECTIVES:
+        flags = ["--max_steps=2", "--eval_interval=0", "--hold_weight=1", f"--objective={name}"]
+        summary = train.train(cp_config(base, tmp_path / name, *flags))
+        assert summary["config"]["objective"] == name and "pairs ranked right" in capsys.readouterr().out
+        log = [r for r in records(tmp_path / name) if r["split"] == "train"]
+        assert len(log) == 2 and all(math.isfinite(x) for r in log for x in r.values() if isinstance(x, float))
+        assert {"cp", "nll", "hold", "spread", "separation", "signed_gap", "rank_accuracy"} <= log[0].keys()
+        assert log[0]["loss"] == pytest.approx(log[0]["cp"] + log[0]["nll"] + log[0]["hold"], rel=1e-5)
+
+
+def test_positive_only_is_the_anchor_on_positives(base, tmp_path):
+    """--objective=positive_only --nll_weight=0 is --cp_weight=0 --nll_weight=1, bit for bit."""
+    for name, flags in (("objective", ["--objective=positive_only", "--nll_weight=0"]), ("anchor", ["--cp_weight=0"])):
+        train.train(cp_config(base, tmp_path / name, *flags, "--max_steps=3", "--eval_interval=0"))
+    assert_same(*(state(tmp_path / n / "last.pt")["model"] for n in ("objective", "anchor")))
+
+
+def test_the_base_scores_each_sentence_once_beforehand(base, tmp_path, monkeypatch):
+    """Only if something compares with it, and of hold_weight alone the positives; in training it reads nothing more."""
+    real, seen = train.scores, []
+    monkeypatch.setattr(train, "scores", lambda m, rows, **more: seen.extend(rows) or real(m, rows, **more))
+    sides = lambda run: [{tuple(r) for sides in run.batches.encoded for r in sides[i]} for i in (0, 1)]  # noqa: E731
+    flags = dict(cp=[], hold=["--hold_weight=1"], ipo=["--objective=ipo"])
+    for i, (name, flag) in enumerate(flags.items()):
+        seen.clear()
+        run = train.set_up(cp_config(base, tmp_path / name, *flag))
+        want = set().union(*sides(run)[:i])
+        assert len(seen) == len(want) and set(seen) == want
+        batch = run.batches[3]
+        if i:
+            own, rows = run.base.sequence_nll(batch.idx, batch.lengths).view(4, 10), 5 * i
+            torch.testing.assert_close(batch.base.view(4, 10)[:, :rows], own[:, :rows], rtol=0, atol=1e-6)
+            monkeypatch.setattr(run.base, "sequence_nll", None)
+        loss, _ = train.objective(run.model, run.base, batch, run.config)
+        assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_resume_is_exact_where_the_base_is_compared_with(base, tmp_path, dtype):
+    """In bf16 too, where a score depends on the batch that it is computed in: it was computed beforehand."""
+    flags = ["--objective=dpo", "--hold_weight=1", "--lr=1e-3", f"--dtype={dtype}"]
+    train.train(cp_config(base, tmp_path / "whole", *flags))
+    stop_after(3, cp_config(base, tmp_path / "parts", *flags))
+    train.train(cp_config(base, tmp_path / "parts", *flags, "--resume"))
+    assert_same(*(state(tmp_path / n / "last.pt")["model"] for n in ("whole", "parts")))
+
+
+def test_a_rival_under_lora(base, tmp_path):
+    """The base is the same weights without the adapters, which are 0 at first: log 2 there, and less after training."""
+    flags = "--objective=dpo --nll_weight=0 --lora_rank=4 --lr=3e-3 --max_steps=20 --eval_interval=0".split()
+    train.train(cp_config(base, tmp_path, *flags))
+    log = [r for r in records(tmp_path) if r["split"] == "train"]
+    assert log[0]["cp"] == pytest.approx(math.log(2), rel=1e-4)
+    assert np.mean([r["cp"] for r in log[10:]]) < 0.95 * math.log(2)  # 0.61; a batch of four groups has 0.5 to 0.9
 
 
 @pytest.mark.parametrize("anchor", ["--anchor_nll=1", "--anchor_kl=1"])
@@ -730,12 +821,16 @@ def test_a_config_as_init_from_is_run_first_and_only_once(tmp_path):
     assert code == 1 and "made with another lr" in err and "Traceback" not in err
 
 
+def copy_of_the_project(folder):
+    """All that training needs."""
+    for part in ("train.py", "model.py", "loss.py", "configs", "data", "engine", "measures"):
+        copy = shutil.copy if (ROOT / part).is_file() else partial(shutil.copytree, ignore=UNSHIPPED)
+        copy(ROOT / part, folder / part)
+
+
 def test_training_needs_nothing_of_the_other_scripts(base, tmp_path):
     """A copy of the project without eval.py and data_gen.py trains."""
-    parts = ("train.py", "model.py", "loss.py", "configs", "data", "engine", "measures")
-    for part in parts:
-        copy = shutil.copy if (ROOT / part).is_file() else partial(shutil.copytree, ignore=UNSHIPPED)
-        copy(ROOT / part, tmp_path / part)
+    copy_of_the_project(tmp_path)
     command = [sys.executable, "train.py", "configs/toy_cp.py", f"--init_from={base}", *SMALL, *FEW, "--anchor_nll=1"]
     short = ["--max_steps=2", "--warmup_steps=0"]
     done = subprocess.run([*command, *short], cwd=tmp_path, capture_output=True, text=True)
@@ -856,13 +951,46 @@ def test_readme_commands_run(base, tmp_path):
     text = "\n".join(f.read_text() for f in (*READMES, *sorted((ROOT / "configs").glob("*.py"))))
     commands = dict.fromkeys(c.strip() for c in re.findall(r"python train\.py ([^`\n#]+)", text))
     assert len(commands) >= 5
-    for i, command in enumerate(c for c in commands if "gpt2" not in c and "--help" not in c):
+    own = re.search(r"--objective=(\w+)", readme_example()[2])[1]  # a test of its own
+    commands = [c for c in commands if "gpt2" not in c and "--help" not in c and f"--objective={own}" not in c]
+    for i, command in enumerate(commands):
         words = [w for w in command.split() if not w.startswith(("--out_dir", "--resume", "--data=out/"))]
         init = [] if "toy_base" in command else [f"--init_from={base}"]
         flags = [*SMALL, *FEW, "--max_steps=2", "--warmup_steps=0", "--n_layer=1", "--n_embd=16", "--n_head=1"]
         code, out, err = run_command(*words, *init, *flags, f"--out_dir={tmp_path / str(i)}")
         told = "validation perplexity" if "toy_base" in command else "pairs ranked right"
         assert code == 0 and told in out, (command, err)
+
+
+def readme_example():
+    """(function, line, command) of the README's own objective."""
+    text = READMES[0].read_text().split("Your own objective")[1]
+    function = re.search(r"((?:    .*\n)+)", text)[1]
+    line, command = re.search(r'`("\w+": \w+,)`', text)[1], re.search(r"python (train\.py [^`\n]+)", text)[1]
+    return textwrap.dedent(function), line, command
+
+
+def test_readme_objective(base, tmp_path):
+    """One function, one line, one command, as the README has them: in a copy of the project the run reaches its table,
+    --help names the objective, and the loss that is logged is the function's."""
+    function, line, command = readme_example()
+    copy_of_the_project(tmp_path)
+    loss = (tmp_path / "loss.py").read_text()
+    loss = loss.replace("OBJECTIVES = {\n", f"{function}\n\nOBJECTIVES = {{\n    {line}\n")
+    (tmp_path / "loss.py").write_text(loss)
+    words = [sys.executable, *command.split(), f"--init_from={base}", *SMALL, "--max_steps=2", "--warmup_steps=0"]
+    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "pairs ranked right" in done.stdout, done.stderr
+    shown = subprocess.run([*words[:2], "--help"], cwd=tmp_path, capture_output=True, text=True).stdout
+    name, out = (re.search(rf"--{flag}=(\S+)", command)[1] for flag in ("objective", "out_dir"))
+    assert name in shown and name not in OBJECTIVES
+    names = {}
+    exec("from torch.nn import functional as F\n" + function, names)
+    run = train.set_up(cp_config(base, tmp_path / "plain"))
+    batch = run.batches[0]
+    phi = run.model.sequence_nll(batch.idx, batch.lengths).view(4, 10)
+    first = records(tmp_path / out)[1]
+    assert first["step"] == 0 and first["cp"] == pytest.approx(float(names[name](phi[:, :5], phi[:, 5:])), rel=1e-4)
 
 
 def test_readme_settings_exist():
