@@ -298,6 +298,25 @@ def test_a_failing_scorer_costs_no_training(base, tmp_path, monkeypatch):
     assert state(out / "last.pt")["step"] == 6 and calls
 
 
+def test_no_memory_for_the_last_samples_costs_no_training(base, tmp_path, monkeypatch, capsys):
+    """One line that says what to lower, and --resume has nothing left to do but to measure."""
+    out, real = tmp_path / "run", GPT.generate
+    flags = [f"--init_from={base}", f"--out_dir={out}", *SMALL, "--max_steps=6", "--warmup_steps=1"]
+
+    def generate(self, *args, **kwargs):
+        if (out / "last.pt").is_file() and state(out / "last.pt")["step"] == 6:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, "generate", generate)
+    with pytest.raises(SystemExit) as e:
+        train.main([str(ROOT / "configs/toy_cp.py"), *flags])
+    assert re.match(r"train\.py: out of memory \(CUDA .*\): halve --batch_size .*--eval_samples$", str(e.value))
+    monkeypatch.undo()
+    train.main([str(ROOT / "configs/toy_cp.py"), *flags, "--resume"])
+    assert "from step 6" in capsys.readouterr().out and (out / "summary.json").is_file()
+
+
 def test_the_price_chooses_the_checkpoint(base, tmp_path, monkeypatch, capsys):
     """Language that gets dearer with each validation: the first is kept, and the run says why; if it is free, the
     last."""
