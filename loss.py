@@ -224,6 +224,11 @@ def negative_only(pos, neg):
     return -neg.mean()
 
 
+def toxic_only(pos, neg):
+    """Mean score of the negatives: fine-tuning on toxic text. --edit=task_vector goes away from such a model."""
+    return neg.mean()
+
+
 # What --objective chooses. MODIFY HERE: one function and one line. A function gets what its arguments are named after:
 # pos, neg, base_pos and base_neg are scores, a setting's name is that setting (configs/__init__.py). -> a scalar.
 # Left out: unlikelihood training (arXiv 1908.04319), which needs the log-probability of each token.
@@ -239,5 +244,6 @@ OBJECTIVES = {
     "orpo": orpo,  # odds ratio preference optimisation, Hong et al. 2024, arXiv 2403.07691
     "margin": margin,  # hinge, the rank loss of SLiC-HF, Zhao et al. 2023, arXiv 2305.10425
     "positive_only": positive_only,  # fine-tuning
+    "toxic_only": toxic_only,
     "negative_only": negative_only,  # unlearning by gradient ascent, Jang et al. 2022, arXiv 2210.01504
 }

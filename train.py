@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from engine import ranks
+from engine import edits, ranks
 from engine.resume import load_last, restore
 from engine.run import (
     Log,
@@ -52,7 +52,7 @@ from engine.run import (
 from engine.weights import lora_record
 from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
-from measures.groups import scores
+from measures.groups import frames, scores
 from measures.samples import CLOSING, continue_prompts, decode, measure_model, sample_harmless
 from model import GPT, GPTConfig
 
@@ -328,7 +328,7 @@ def set_up(config):
     model = setup.models["model"]
     batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
     base, lora = frozen_base(model, config, setup.dtype)
-    if config.objective != "lm":
+    if config.objective != "lm" and config.edit == "none":
         with setup.amp():
             ask_base(base, batches, setup, config, groups["train"])
     if config.freeze_embeddings:
@@ -341,7 +341,9 @@ def set_up(config):
     scaler = torch.amp.GradScaler(setup.device.type, 2.0**10, enabled=setup.dtype == torch.float16)
     optimizer = make_optimizer(model, config)
     run = Run(config, out, setup, model, base, optimizer, scaler, batches, held_out, groups, lora=lora)
-    if saved:
+    if config.edit != "none":
+        edit(run)
+    elif saved:
         restore(model, run.optimizer, scaler, saved, out / "last.pt")
         run.step, run.best = saved["step"], saved["best"]
         names = differing_settings(config, saved["config"])
@@ -349,17 +351,26 @@ def set_up(config):
 
     if ranks.first():
         open_files(run, bool(saved))
-    compiled, trained = try_compile(run), sum(p.numel() for p in model.parameters() if p.requires_grad)
+    tell(run, try_compile(run))
+    return run
+
+
+def tell(run, compiled):
+    """Print what will be done."""
+    config, batches, trained = run.config, run.batches, [p for p in run.model.parameters() if p.requires_grad]
     some = [batches[i] for i in range(5)]
     tokens = sum(b.tokens for b in some) / len(some) * config.grad_accum
     what = f"groups of {config.n_pos} + {config.n_neg}" if config.objective != "lm" else "documents"
-    print(f"compile      {compiled}")
-    print(f"trained      {trained / 1e6:.2f} M of {base.num_parameters() / 1e6:.1f} M parameters")
-    print(f"steps        {config.max_steps} of {config.batch_size} x {config.grad_accum} {what}", end="")
-    print(f", some {tokens:,.0f} scored tokens each")
+    count, of = sum(p.numel() for p in trained) / 1e6, run.base.num_parameters() / 1e6
+    if config.edit != "none":
+        print(f"edit         {config.edit}, in the place of all steps")
+    else:
+        print(f"compile      {compiled}")
+        print(f"trained      {count:.2f} M of {of:.1f} M parameters")
+        print(f"steps        {config.max_steps} of {config.batch_size} x {config.grad_accum} {what}", end="")
+        print(f", some {tokens:,.0f} scored tokens each")
     settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"
     print(report.wrap(settings, "settings     ") + "\n")
-    return run
 
 
 def frozen_base(model, config, dtype):
@@ -387,6 +398,24 @@ def ask_base(base, batches, setup, config, groups):
         texts, starts = ranks.from_first(lambda: sample_harmless(*sampling))
         sizes = (config.anchor_batch, config.seed, base.config.n_positions + 1)
         batches.anchor = data.Batches(texts, setup.tokenizer, *sizes, starts=starts)
+
+
+def edit(run):
+    """Change the weights as config.edit says, in the place of all steps."""
+    c, tokenizer = run.config, run.setup.tokenizer
+    if c.edit == "task_vector":
+        edits.task_vector(run.model, GPT.from_pretrained(find(c.edit_model), tokenizer.n_vocab), c.edit_strength)
+    else:
+        pairs = [pair for g in run.groups["train"] for pair in zip(g.positives, g.negatives, strict=False)]
+        sides = []
+        for texts in zip(*pairs, strict=True):
+            rows, found = frames(texts, tokenizer, run.model, c.max_tokens), []
+            for i in range(0, len(rows), 64):
+                idx, lengths = data.pad(rows[i : i + 64])
+                found.append(edits.block_states(run.model, idx.to(run.model.device), lengths))
+            sides.append(torch.cat(found, dim=1))  # (blocks, M, C)
+        edits.profs(run.model, *sides, c.edit_directions, round(c.edit_from * len(sides[0])))
+    run.step = c.max_steps
 
 
 def open_files(run, resumed):

@@ -53,6 +53,7 @@ _run = partial(setting, group="the run", usual=ALL)
 _model = partial(setting, group="the model", usual="train")
 _data = partial(setting, group="the data", usual="train")
 _objective = partial(setting, group="the objective", usual="train")
+_edit = partial(setting, group="weights edited in the place of training", usual="train")
 _anchor = partial(setting, group="anchors: what holds the language", usual="train")
 _optimiser = partial(setting, group="the optimiser (AdamW)", usual="train")
 _measure = partial(setting, group="measuring", usual=TRAIN_EVAL)
@@ -113,6 +114,12 @@ class Config:
     anchor_prompted: float = _anchor(0.5, "share of these texts that continue a toxic beginning", low=0, high=1)
     anchor_tokens: int = _anchor(128, "longest of these texts, tokens", low=1)
     anchor_batch: int = _anchor(6, "of these texts in each forward pass", low=1)
+
+    edit: str = _edit("none", "what changes the weights, see engine/edits.py", among="none task_vector profs")
+    edit_model: str = _edit("", "task_vector: model tuned on toxic text, by --objective=toxic_only for instance")
+    edit_strength: float = _edit(1.0, "task_vector: how far away from that model", low=0)
+    edit_directions: int = _edit(2, "profs: directions that are taken out of each MLP", low=1)
+    edit_from: float = _edit(0.4, "profs: share of the blocks, from the first on, that are left alone", low=0, high=1)
 
     max_steps: int = _optimiser(200, "optimiser steps", low=1)
     batch_size: int = _optimiser(6, "groups or documents a forward pass; of data_gen, seeds a block", TRAIN_GEN, low=1)
@@ -188,6 +195,12 @@ class Config:
         if self.objective != "lm" and self.init_from == "scratch":
             wanted = f"objective={self.objective} tunes a model: init_from must name one"
             raise ValueError(f"{wanted}, not 'scratch' (or --objective=lm)")
+        if self.edit != "none" and (self.lora_rank or self.objective == "lm"):
+            raise ValueError(
+                f"edit={self.edit} changes the weights of a tuned model's base: it takes --lora_rank=0 and groups"
+            )
+        if self.edit == "task_vector" and not self.edit_model:
+            raise ValueError("edit=task_vector goes away from a model tuned on toxic text: name it as edit_model")
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank adds to a model: init_from must name one, not 'scratch' (or --lora_rank=0)")
 
