@@ -7,7 +7,7 @@ sampling). Of the negatives that pass, those closest to the positives in length 
 are kept: hard negatives. For another attribute than toxicity see configs/gpt2_formal_data.py.
 
     python data_gen.py configs/gpt2_data.py --seeds=my_sentences.txt --out_dir=out/mine
-    python train.py configs/gpt2_cp.py --data=out/mine/groups.jsonl --out_dir=out/mine_cp
+    python train.py configs/gpt2_cp.py --data=out/mine/groups.jsonl --n_neg=1 --out_dir=out/mine_cp
 
 A group depends on its own random numbers, not on its neighbours. Each block of seeds is written to
 the log, then its groups to groups.jsonl; --resume goes on behind the last whole block of the log.
