@@ -111,7 +111,7 @@ def python(*argv, cwd):
         ("weight_decay", "-float('inf')", "-inf", "weight_decay must be a finite number, got -inf"),
         # not among the words
         ("variant", "'papr'", "papr", "variant wants one of paper, released, got 'papr': did you mean paper?"),
-        ("objective", "'x'", "x", "margin, positive_only, negative_only, lm, got 'x'\n"),
+        ("objective", "'x'", "x", "margin, positive_only, toxic_only, negative_only, lm, got 'x'\n"),
         # unknown, with the nearest name
         ("taus", "1", "1", "unknown setting 'taus': did you mean tau?"),
         ("warmup", "5", "5", "unknown setting 'warmup': did you mean warmup_steps?"),

@@ -976,6 +976,7 @@ def test_readme_commands_run(base, tmp_path):
     for i, command in enumerate(commands):
         words = shlex.split(command.replace("seed=0,1,2", "seed=0"))
         words = [w for w in words if not w.startswith(("--out_dir", "--resume", "--data=out/", "--plot"))]
+        words = [f"--edit_model={base}" if w.startswith("--edit_model") else w for w in words]
         init = [] if "toy_base" in command else [f"--init_from={base}"]
         flags = [*SMALL, *FEW, "--max_steps=2", "--warmup_steps=0", "--n_layer=1", "--n_embd=16", "--n_head=1"]
         code, out, err = run_command(*words, *init, *flags, f"--out_dir={tmp_path / str(i)}")
