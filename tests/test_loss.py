@@ -479,6 +479,7 @@ PAIRS = {  # name: the loss of a pair
     "orpo": lambda p, n, bp, bn: -math.log(sigmoid(log_odds(p) - log_odds(n))),
     "margin": lambda p, n, bp, bn, margin: max(0.0, margin - (n - p)),
     "positive_only": lambda p, n, bp, bn: p,
+    "toxic_only": lambda p, n, bp, bn: n,
     "negative_only": lambda p, n, bp, bn: -n,
 }
 RIVALS = [name for name in OBJECTIVES if name != "cp"]
@@ -574,6 +575,7 @@ def test_kto_has_groups_on_both_sides_of_zero():
         ("orpo", {}, 0.424359),  # odds 0.374631 and 0.198034: log(1 + 0.198034 / 0.374631)
         ("margin", dict(margin=0.8), 0.3),
         ("positive_only", {}, 1.3),
+        ("toxic_only", {}, 1.8),
         ("negative_only", {}, -1.8),
     ],
 )
@@ -595,12 +597,13 @@ def test_first_loss_of_those_that_have_a_base(name, want):
 
 @pytest.mark.parametrize("name", RIVALS)
 def test_where_a_rival_begins_to_pull(name):
-    """At the base, positives become likelier and negatives less likely, if anything; a gap is closed by either."""
+    """At the base, positives become likelier and negatives less likely, if anything; a gap is closed by either. But
+    toxic_only pulls the other way: it is what an edit goes away from."""
     pos, neg = tensors([[2.0, 2.4]], [[2.1, 2.3]])
     loss = rival(name, pos, neg, pos.detach(), neg.detach())
     p, n = torch.autograd.grad(loss, (pos, neg), allow_unused=True, materialize_grads=True)
-    assert (p > 0).all() if name != "negative_only" else not p.any()
-    assert (n < 0).all() if name != "positive_only" else not n.any()
+    assert (p > 0).all() if name not in ("negative_only", "toxic_only") else not p.any()
+    assert (n > 0).all() if name == "toxic_only" else not n.any() if name == "positive_only" else (n < 0).all()
 
 
 @pytest.mark.parametrize("name", RIVALS)
@@ -621,7 +624,7 @@ def test_a_rival_does_not_mix_groups(name):
     assert rival(name, *scores).item() == pytest.approx(sum(alone) / 4, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [n for n in RIVALS if n not in ("positive_only", "negative_only", "kto", "nca")])
+@pytest.mark.parametrize("name", [n for n in RIVALS if not n.endswith("_only") and n not in ("kto", "nca")])
 def test_pairs_of_other_groups_are_refused(name):
     """Scores of 2 and of 3 groups make no pairs; of 1 and 3 they would, silently."""
     for G in (2, 1):
