@@ -244,6 +244,6 @@ OBJECTIVES = {
     "orpo": orpo,  # odds ratio preference optimisation, Hong et al. 2024, arXiv 2403.07691
     "margin": margin,  # hinge, the rank loss of SLiC-HF, Zhao et al. 2023, arXiv 2305.10425
     "positive_only": positive_only,  # fine-tuning
-    "toxic_only": toxic_only,
+    "toxic_only": toxic_only,  # fine-tuning on the negatives
     "negative_only": negative_only,  # unlearning by gradient ascent, Jang et al. 2022, arXiv 2210.01504
 }

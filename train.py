@@ -52,7 +52,7 @@ from engine.run import (
 from engine.weights import lora_record
 from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
-from measures.groups import frames, scores
+from measures.groups import frames, hidden_states, scores
 from measures.samples import CLOSING, continue_prompts, decode, measure_model, sample_harmless
 from model import GPT, GPTConfig
 
@@ -351,7 +351,7 @@ def set_up(config):
 
     if ranks.first():
         open_files(run, bool(saved))
-    tell(run, try_compile(run))
+    tell(run, choose_compile(run))
     return run
 
 
@@ -407,14 +407,9 @@ def edit(run):
         edits.task_vector(run.model, GPT.from_pretrained(find(c.edit_model), tokenizer.n_vocab), c.edit_strength)
     else:
         pairs = [pair for g in run.groups["train"] for pair in zip(g.positives, g.negatives, strict=False)]
-        sides = []
-        for texts in zip(*pairs, strict=True):
-            rows, found = frames(texts, tokenizer, run.model, c.max_tokens), []
-            for i in range(0, len(rows), 64):
-                idx, lengths = data.pad(rows[i : i + 64])
-                found.append(edits.block_states(run.model, idx.to(run.model.device), lengths))
-            sides.append(torch.cat(found, dim=1))  # (blocks, M, C)
-        edits.profs(run.model, *sides, c.edit_directions, round(c.edit_from * len(sides[0])))
+        rows = [frames(texts, tokenizer, run.model, c.max_tokens) for texts in zip(*pairs, strict=True)]
+        pos, neg = (hidden_states(run.model, side) for side in rows)  # (blocks, M, C) each
+        edits.profs(run.model, pos, neg, c.edit_directions, round(c.edit_from * len(pos)))
     run.step = c.max_steps
 
 
@@ -483,7 +478,7 @@ def make_optimizer(model, config):
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
 
 
-def try_compile(run):
+def choose_compile(run):
     """Compile the network where that pays (see `optimise` for what happens if it fails). Returns what to print."""
     device, wanted = run.setup.device.type, run.config.compile
     if wanted == "auto" and device != "cuda":

@@ -72,7 +72,7 @@ class Config:
     resume: bool = _run(False, "go on with the unfinished run in out_dir, as if it had not stopped", TRAIN_GEN)
     sweep: str = _run("", "train each combination, in out_dir's subfolders: 'tau=0.1,0.3 seed=0,1,2'", "train")
     device: str = _run("auto", "auto takes cuda, else mps, else cpu", among="auto cuda mps cpu")
-    dtype: str = _run("auto", "of matrix products; weights stay float32", among="auto float32 bfloat16 float16")
+    dtype: str = _run("auto", "of matrix products; trained weights stay float32", among="auto float32 bfloat16 float16")
     compile: str = _run("auto", "torch.compile; auto: cuda, from 2,000 steps", "train", among="auto yes no")
 
     init_from: str = _model("gpt2", "model to start from: " + STARTS, TRAIN_GEN)
@@ -197,7 +197,7 @@ class Config:
             raise ValueError(f"{wanted}, not 'scratch' (or --objective=lm)")
         if self.edit != "none" and (self.lora_rank or self.objective == "lm"):
             raise ValueError(
-                f"edit={self.edit} changes the weights of a tuned model's base: it takes --lora_rank=0 and groups"
+                f"edit={self.edit} changes all weights, by groups: it takes --lora_rank=0, and no objective=lm"
             )
         if self.edit == "task_vector" and not self.edit_model:
             raise ValueError("edit=task_vector goes away from a model tuned on toxic text: name it as edit_model")

@@ -1,6 +1,6 @@
 # Contrastive perplexity on GPT-2 xl (1558 M parameters): as configs/gpt2_cp.py, six groups a step as well.
-# LoRA leaves the weights as they are, and the base shares them: 4 bytes a parameter, and some for activations,
-# how many has not been measured. The learning rate is scaled, not tuned.
+# LoRA leaves the weights as they are, and the base shares them: 4 bytes a parameter while they are loaded, then 2 of
+# most, and some for activations, how many has not been measured. The learning rate is scaled, not tuned.
 from configs.gpt2_cp import *  # noqa: F403
 
 out_dir = "out/gpt2_xl_cp"

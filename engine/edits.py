@@ -37,12 +37,13 @@ def profs(model, pos, neg, directions, first):
 def block_states(model, idx, lengths):
     """Mean over its tokens of a row's hidden states behind each block. Framed rows as in GPT.sequence_nll, idx (B, T),
     lengths (B,) -> (blocks, B, C)."""
-    seen = []
-    hooks = [b.register_forward_hook(lambda _, args, out: seen.append(out)) for b in model.transformer.h]  # (N, C) each
+    seen, T = [], int(lengths.max()) - 1  # the last token is predicted, never read
+    hooks = [b.register_forward_hook(lambda _, args, out: seen.append(out)) for b in model.transformer.h]
     try:
-        model.sequence_nll(idx, lengths)
+        model.hidden(idx[:, :T], torch.arange(T, device=idx.device))
     finally:
         for hook in hooks:
             hook.remove()
-    rows = (lengths - 1).tolist()  # the last token is predicted, never read
-    return torch.stack([torch.stack([x.mean(0) for x in states.split(rows)]) for states in seen])
+    count = (lengths - 1).to(idx.device)[:, None]  # padding stands on the right, where no real token sees it
+    read = torch.arange(T, device=idx.device) < count  # (B, T)
+    return torch.stack([(states * read[..., None]).sum(1) / count for states in seen])

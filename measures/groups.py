@@ -5,6 +5,7 @@ import torch
 from tqdm import tqdm
 
 import data
+from engine.edits import block_states
 from loss import diagnose
 
 TOKENS = 8192  # positions per forward pass
@@ -30,6 +31,16 @@ def scores(model, sequences, starts=None, what="scores"):
         start = None if starts is None else torch.tensor([starts[r] for r in rows])
         phi[rows] = model.sequence_nll(idx.to(model.device), lengths, start).cpu()
     return phi
+
+
+def hidden_states(model, sequences):
+    """Mean hidden states of token lists behind each block, see `block_states` -> (blocks, len, C)."""
+    shape = model.config.n_layer, len(sequences), model.config.n_embd
+    states = torch.empty(shape, device=model.device)
+    for rows in token_batches([len(s) for s in sequences], "hidden states"):
+        idx, lengths = data.pad([sequences[r] for r in rows])
+        states[:, rows] = block_states(model, idx.to(model.device), lengths)
+    return states
 
 
 def frames(texts, tokenizer, model, max_tokens):

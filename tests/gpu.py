@@ -284,7 +284,7 @@ def worker(report, *flags):
     """train.py with a clock on its phases, in a process of its own. What is known is written after each of them.
 
     A step ends when its numbers have come from the GPU, so the first one lies before first_step_done and not in `loop`.
-    Clocks start when all is imported; set_up includes sample_harmless and try_compile, close and validate are sums.
+    Clocks start when all is imported; set_up includes sample_harmless, close and validate are sums.
     """
     import train
 
@@ -313,13 +313,13 @@ def worker(report, *flags):
                 ends.append(time.time())
                 done, loop = ends[0] - began, ends[-1] - ends[0]
                 row.update(steps=len(ends), loss=record["loss"], first_step_done=done, loop=loop)
-                row["skipped"] = row.get("skipped", 0) + (not math.isfinite(record["grad_norm"]))  # by the loss scaling
+                row["skipped"] = record.get("skipped", 0)  # by the loss scaling
                 if len(ends) > 1:
                     row["step_ms"] = 1000 * statistics.median(b - a for a, b in zip(ends, ends[1:], strict=False))
         note()
         write(log, *records)
 
-    for name in {"set_up", "sample_harmless", "try_compile", "validate", "save", "close"} & vars(train).keys():
+    for name in {"set_up", "sample_harmless", "validate", "save", "close"} & vars(train).keys():
         setattr(train, name, clocked(name, getattr(train, name)))
     train.Log.write = stamped
     train.main(list(flags))
