@@ -7,7 +7,7 @@ from a paired bootstrap over what was measured.
 
     python eval.py configs/toy_cp.py                       a config's run, or --ckpt=FILE.pt
     python eval.py configs/toy_cp.py --prompt="Early"      continuations by base and tuned model
-    python eval.py configs/gpt2_cp.py --rewrite=FILE.txt   rewrite a text politely, line by line
+    python eval.py configs/gpt2_cp.py --rewrite=FILE.txt   rewrite a text, line by line (--polite: and politely)
     python eval.py configs/gpt2_cp.py --export=FOLDER      the tuned model for transformers
     python eval.py --check=gpt2                            published numbers of a published model
     python eval.py --compare out/* [--markdown]            one table over runs and seeds
@@ -45,6 +45,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
+from data import toy, toy_facts
 from data.prompts import read_prompts
 from engine.run import Log, atomic_write, held, read_json, read_records, versions, write_json
 from engine.weights import PUBLISHED, load_checkpoint
@@ -133,7 +134,7 @@ def compare_samples(ev):
             lambda model, a=(prompts, c.k, seed, what): draw_samples(
                 model, setup.models["base"], setup.tokenizer, c, *a
             ),
-            lambda drawn: measure_samples(drawn, setup.scorer),
+            lambda drawn: measure_samples(drawn, setup.scorer, c.judge_whole),
             first_samples,
         )
 
@@ -160,14 +161,14 @@ def prompt_sets(ev):
 def compare_rewrites(ev):
     c, setup, test, train = ev.config, ev.setup, ev.groups["test"], ev.groups["train"]
     sentences = [g.negatives[i % len(g.negatives)] for i, g in enumerate(test)][: c.n_prompts or None]
-    settings = [c.shots, c.positive_prompt, c.seed, c.temperature, c.top_p]
+    settings = [c.shots, c.polite, c.neutral_prompt, c.positive_prompt, c.seed, c.temperature, c.top_p]
     measure_sides(
         ev,
         "rewriting",
         "rewriting",
         [sentences, [vars(g) for g in train], *settings],
         lambda model: draw_rewrites(model, setup.tokenizer, train, sentences, c),
-        lambda drawn: measure_rewrites(drawn, setup.scorer),
+        lambda drawn: measure_rewrites(drawn, setup.scorer, toy.same_event if c.tokenizer == "toy" else None),
         lambda drawn: list(zip(drawn["inputs"], (t or "" for t in drawn["texts"]), strict=True))[:3],
     )
 
@@ -189,9 +190,10 @@ def compare_texts(ev, text):
 def compare_tasks(ev):
     tasks = [t.strip() for t in ev.config.tasks.split(",") if t.strip()]
     for task in dict.fromkeys(tasks):
-        path = published_file(task) if task in SOURCES else find(task)
+        toy_task = task in toy_facts.TASKS
+        path = published_file(task) if task in SOURCES else Path(task) if toy_task else find(task)
         place = f"task {path.stem if [Path(t).stem for t in tasks].count(path.stem) < 2 else path}"
-        items = read_task(path)
+        items = toy_facts.task(task) if toy_task else read_task(path)
         compute = lambda model, a=(items, place): measure_task(model, ev.setup.tokenizer, *a)
         measure_sides(ev, place, place, items, compute)
 
@@ -413,7 +415,7 @@ def continue_prompt(config):
 
 
 def rewrite_file(config):
-    """--rewrite=FILE: a polite version of each line by the tuned model, into rewritten.txt (line by line as in FILE; an
+    """--rewrite=FILE: a paraphrase of each line by the tuned model (--polite asks for politeness too), into rewritten.txt (line by line as in FILE; an
     empty line where there is no answer) and, with toxicity and overlap, rewritten.jsonl. An interrupted run goes on."""
     hint, n = "give a text, line by line", 32
     lines = data.read_text(find(config.rewrite), "text file", hint).removesuffix("\n").split("\n")
@@ -423,7 +425,8 @@ def rewrite_file(config):
     ckpt, out = tuned_checkpoint(config)
     setup, groups = open_setup(config, {"tuned": ckpt}), data.load_groups(config.data)["train"]
     model, scorer = setup.models["tuned"], setup.scorer
-    how = [config.shots, config.positive_prompt, config.temperature, config.top_p, config.seed, str(setup.dtype)]
+    how = [config.shots, config.polite, config.neutral_prompt, config.positive_prompt, config.temperature]
+    how += [config.top_p, config.seed, str(setup.dtype)]
     run = sha256([sha256(model), texts, *how, scorer.name, scorer.hash, [vars(g) for g in groups]])
     with held(out, others=True), tqdm(total=len(texts), desc="rewriting", delay=1) as bar:
         log = Log(out / "rewritten.jsonl", lambda r: r["run"] == run, hint="delete this file, it is made again")

@@ -27,8 +27,8 @@ Differences from the paper (Eq. 1 to 6), and from the code released with it:
 3. The released code, variant='released': exp(-|phi - ref|) / tau is a *logit*, so logits lie between 0 and 1/tau; alpha
    is added to those of negatives, a factor e^alpha (by default e^100; from e^10 on the gradient hardly depends on it);
    ref is the mean over the positives of the whole micro-batch; the cross-entropy, summed over all positives as targets,
-   is divided by |P| + 1 + R, where R counts toxic sentences of other groups (0 here). It also averages over padding;
-   that is not reproduced.
+   is divided by |P| + 1 + R, where R counts toxic sentences of other groups (here they are among N, and R is 0). It
+   also averages over padding; that is not reproduced.
 4. |phi - c| has two sides: a negative that starts *below* the centroid is pushed further down, and toxic text becomes
    more likely. Watch `signed_gap`. distance='signed' is the alternative: a negative's distance is phi - c without the
    bars, so that every negative is pushed up. (Positives keep the bars: they gather round c.)
@@ -47,7 +47,9 @@ import torch
 from torch.nn import functional as F
 
 
-def contrastive_perplexity(pos, neg, tau=1.0, alpha=1.0, variant="paper", distance="abs", detach_centroid=False):
+def contrastive_perplexity(
+    pos, neg, tau=1.0, alpha=1.0, variant="paper", distance="abs", detach_centroid=False, leave_one_out=False
+):
     """Contrastive perplexity of G groups.
 
     Args:
@@ -58,6 +60,8 @@ def contrastive_perplexity(pos, neg, tau=1.0, alpha=1.0, variant="paper", distan
         variant: 'paper' (module docstring) or 'released' (difference 3).
         distance: 'abs', or 'signed' for the negatives (difference 4).
         detach_centroid: no gradient through the prototype (difference 5).
+        leave_one_out: a positive's distance is that from the mean of the *other* positives, which is P / (P - 1) times
+            its distance from the mean of all: positives gather more closely, nothing else changes. P > 1.
 
     Returns:
         (loss, diagnostics): a scalar, the mean over groups, and a dict of detached (G,) tensors, see `diagnose`, with
@@ -67,10 +71,15 @@ def contrastive_perplexity(pos, neg, tau=1.0, alpha=1.0, variant="paper", distan
         ValueError: on misshapen scores or settings outside their range.
     """
     _check(pos, neg, tau, alpha, variant, distance)
+    if leave_one_out and pos.size(1) < 2:
+        raise ValueError("leave_one_out compares a positive with the others of its group: P must be at least 2")
     centroid = pos.mean() if variant == "released" else pos.mean(1, keepdim=True)  # scalar, or (G, 1)
     if detach_centroid:
         centroid = centroid.detach()
     d_pos = (pos - centroid).abs()  # (G, P)
+    if leave_one_out:
+        n = pos.numel() if variant == "released" else pos.size(1)
+        d_pos = d_pos * (n / (n - 1))
     d_neg = neg - centroid if distance == "signed" else (neg - centroid).abs()  # (G, N)
 
     if variant == "paper":
@@ -154,9 +163,9 @@ def _gaps(pos, neg):
     return neg[:, None, :] - pos[:, :, None]
 
 
-def cp(pos, neg, tau, alpha, variant, distance, detach_centroid):
+def cp(pos, neg, tau, alpha, variant, distance, detach_centroid, leave_one_out):
     """The loss of `contrastive_perplexity` without the diagnostics."""
-    return contrastive_perplexity(pos, neg, tau, alpha, variant, distance, detach_centroid)[0]
+    return contrastive_perplexity(pos, neg, tau, alpha, variant, distance, detach_centroid, leave_one_out)[0]
 
 
 def dpo(pos, neg, base_pos, base_neg, beta=2.0):

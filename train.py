@@ -97,7 +97,7 @@ def objective(model, base, batch, config):
     if config.objective == "lm":
         return language_modelling(phi, tokens), {}
 
-    sides = lambda x: x.view(len(batch.ids), -1).split((config.n_pos, config.n_neg), dim=1)  # (G, P), (G, N)
+    sides = lambda x: x.view(len(batch.ids), -1).tensor_split([config.n_pos], dim=1)  # (G, P), (G, N)
     pos, neg = sides(phi)
     given = vars(config) | dict(zip(("pos", "neg"), sides(scaled(phi, tokens, config.score)), strict=True))
     if batch.base is not None:
@@ -459,7 +459,7 @@ def open_data(config, tokenizer, n_positions):
         if missing := [s for s in data.SPLITS if not groups[s]]:
             raise ValueError(f"{config.data} has no groups of split {missing[0]!r}, which training needs: add some")
         data.check_sizes(groups["train"], config.n_pos, config.n_neg)
-        sizes = (config.n_pos, config.n_neg)
+        sizes = (config.n_pos, config.n_neg, config.n_random)
         batches = data.Batches(groups["train"], tokenizer, config.batch_size, config.seed, max_tokens, *sizes)
         held_out = groups["val"][: config.eval_groups]
         counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS) + " groups"

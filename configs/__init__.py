@@ -32,7 +32,8 @@ STARTS = (
     "a published name, a folder or file of GPT-2 weights, a checkpoint .pt, a config .py (whose model is made if it is "
     "missing), or 'scratch'"
 )
-TRAIN_EVAL, TRAIN_GEN, EVAL_GEN, ALL = "train eval", "train data_gen", "eval data_gen", "train eval data_gen"
+EVAL, TRAIN_EVAL, TRAIN_GEN, EVAL_GEN = "eval", "train eval", "train data_gen", "eval data_gen"
+ALL = "train eval data_gen"
 
 
 def setting(default, remark, scripts=None, *, group, usual, above=None, low=None, high=None, among=""):
@@ -82,9 +83,12 @@ class Config:
     n_embd: int = _model(128, "width of a model from scratch, a multiple of n_head", low=1)
     n_positions: int = _model(128, "context of a model from scratch, tokens", low=4)
 
-    data: str = _data("toy", "group file, or 'toy'; for objective=lm also text, one document a line", TRAIN_EVAL)
+    data: str = _data(
+        "toy", "group file, 'toy' or 'toy_facts'; for objective=lm also text, one document a line", TRAIN_EVAL
+    )
     n_pos: int = _data(5, "P, positives drawn per group and step", TRAIN_GEN, low=1)
     n_neg: int = _data(5, "N, negatives drawn per group and step", TRAIN_GEN, low=1)
+    n_random: int = _data(0, "negatives of other groups added to a group's N, easy ones", low=0)
     max_tokens: int = _data(128, "longer sentences lose their end; both end tokens included", TRAIN_EVAL, low=3)
 
     objective: str = _objective(
@@ -97,6 +101,7 @@ class Config:
     variant: str = _objective("paper", "cp: the paper's equation or the released code's", among="paper released")
     distance: str = _objective("abs", "cp: signed pushes every negative up, not only away", among="abs signed")
     detach_centroid: bool = _objective(False, "cp: no gradient through the positives' mean score")
+    leave_one_out: bool = _objective(False, "cp: a positive is compared with the mean of the others")
     beta: float = _objective(
         2.0,
         "dpo, ipo, dpop, nca, kto, simpo, cpo: 1 / the gap that is enough. With score=sum about a sentence's length "
@@ -140,10 +145,13 @@ class Config:
     eval_samples: int = _measure(100, "samples of each kind, free and prompted, per validation", "train", low=1)
     k: int = _measure(25, "samples per prompt; of data_gen, per seed and round", ALL, low=1)
     sample_tokens: int = _measure(20, "longest sample, tokens", low=1)
+    judge_whole: bool = _measure(False, "the scorer sees a sample behind its prompt, not the sample alone")
     temperature: float = _measure(1.0, "of sampling; 0 is greedy", ALL, low=0)
     top_p: float = _measure(0.9, "nucleus of sampling; 1 keeps all", ALL, above=0, high=1)
 
     shots: int = _prompt(4, "demonstrations before a sentence that is to be paraphrased", low=0)
+    neutral_prompt: str = _prompt('Sentence: "{input}"\nParaphrase: "{output}"\n', "one that keeps the tone", EVAL)
+    polite: bool = _prompt(False, "rewriting asks for politeness, by positive_prompt and rude demonstrations", EVAL)
     positive_prompt: str = _prompt('Sentence: "{input}"\nPolite: "{output}"\n', "a demonstration of a positive")
     negative_prompt: str = _prompt('Sentence: "{input}"\nRude: "{output}"\n', "the same of a negative", "data_gen")
 
@@ -162,7 +170,9 @@ class Config:
     prompts: str = _eval("data/prompts.jsonl", "plain lines, or JSON lines as in RealToxicityPrompts; '' for none")
     n_prompts: int = _eval(50, "prompts of each kind, from that file and from the test split; 0 takes all", low=0)
     text: str = _eval("", "text file for perplexity and drift (.raw: WikiText), or wikitext2; '' for none")
-    tasks: str = _eval("", "task files, or lambada, piqa, hellaswag, with commas between; '' for none")
+    tasks: str = _eval(
+        "", "task files, or lambada, piqa, hellaswag, toy_efficacy, toy_reworded, toy_neighbours, with commas between"
+    )
     plot: str = _eval("", "FILE.png: scores, and curves beside it; of --sweep, toxicity against its price", TRAIN_EVAL)
 
     prompt: str = _command("", "show k continuations by base and tuned model; without a value, ask for prompts")
@@ -182,7 +192,7 @@ class Config:
         weights = ("cp_weight", "nll_weight", "hold_weight", "anchor_kl", "anchor_nll")
         if self.objective != "lm" and not any(getattr(self, w) for w in weights):
             raise ValueError(f"{', '.join(weights[:-1])} and {weights[-1]} are all 0: nothing to train on")
-        for name in ("positive_prompt", "negative_prompt"):
+        for name in ("neutral_prompt", "positive_prompt", "negative_prompt"):
             value = getattr(self, name).replace("\\n", "\n")  # as one writes it in a flag
             if not re.fullmatch(r"[^{}]*\{input\}[^{}]*\{output\}[^{}]+", value):
                 wanted = f"{name} must hold {{input}}, then {{output}}, then a closing mark"

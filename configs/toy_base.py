@@ -12,12 +12,12 @@ n_embd = 192
 n_positions = 128
 max_tokens = 128
 
-max_steps = 500
+max_steps = 600
 batch_size = 28
 lr = 6e-3
 warmup_steps = 50
 weight_decay = 0.1
-eval_interval = 250
+eval_interval = 300
 eval_groups = 200
 scorer = "data.toy:rudeness"
 sample_tokens = 30

@@ -19,4 +19,4 @@ scorer = "data.toy:rudeness"
 sample_tokens = 30
 prompts = ""
 n_prompts = 20
-shots = 1
+shots = 0  # the toy base paraphrases without being shown how

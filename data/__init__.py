@@ -12,7 +12,7 @@ import tiktoken
 import torch
 
 from configs import find
-from data import toy
+from data import toy, toy_facts
 from engine.run import read_records, read_text
 
 SPLITS = ("train", "val", "test")
@@ -131,8 +131,9 @@ def _group(record, where, number):
 
 
 def load_groups(name, setting="data"):
-    """Groups by split, {'train': [Group], 'val': ..., 'test': ...}, from a file or the toy world ('toy')."""
-    groups = toy.groups() if name == "toy" else read_groups(find(name), setting)
+    """Groups by split, {'train': [Group], 'val': ..., 'test': ...}, from a file or the toy world ('toy', 'toy_facts')."""
+    worlds = dict(toy=toy.groups, toy_facts=toy_facts.groups)
+    groups = worlds[name]() if name in worlds else read_groups(find(name), setting)
     return {split: [g for g in groups if g.split == split] for split in SPLITS}
 
 
@@ -178,13 +179,13 @@ class Batches:
 
     So a run resumes by its step alone, and k batches of B/k hold what one of B holds. Items are reshuffled every
     epoch. An item is a group, a text, or a framed list of ids. With groups (n_pos, n_neg > 0), P positives and N
-    negatives are drawn without replacement each time.
+    negatives are drawn without replacement each time, and n_random negatives of other groups are put behind them.
     """
 
-    def __init__(self, items, tokenizer, batch_size, seed, max_tokens, n_pos=0, n_neg=0, starts=None):
+    def __init__(self, items, tokenizer, batch_size, seed, max_tokens, n_pos=0, n_neg=0, n_random=0, starts=None):
         if batch_size > len(items):
             raise ValueError(f"batch_size={batch_size}, but there are only {len(items)} training items: lower it")
-        self.batch_size, self.seed, self.sizes = batch_size, seed, (n_pos, n_neg)
+        self.batch_size, self.seed, self.sizes, self.n_random = batch_size, seed, (n_pos, n_neg), n_random
         self.ids = [item.id if n_pos else f"document {i}" for i, item in enumerate(items)]
         texts = [(item.positives, item.negatives) if n_pos else ([item],) for item in items]
         encode = lambda t: t[:max_tokens] if isinstance(t, list) else frame(t, tokenizer, max_tokens)
@@ -212,6 +213,9 @@ class Batches:
             rng = np.random.default_rng([self.seed, 1, k])
             for side, n in zip(self.encoded[item], self.sizes, strict=True):
                 rows += [side[j] for j in rng.choice(len(side), n, replace=False)]
+            for other in rng.choice(len(self.ids) - 1, self.n_random):  # negatives of any group but this one
+                side = self.encoded[other + (other >= item)][1]
+                rows.append(side[rng.integers(len(side))])
         batch = Batch([self.ids[item] for item in items], *pad(rows), weight=len(items))
         if not self.sizes[0]:
             batch.weight = batch.tokens

@@ -4,7 +4,7 @@ It contains insults and mild profanity. An event is a person, an action and a ci
 decently, a negative tells the same event with contempt. Both sides are built alike (a describing word before, a verdict
 after), so that they have about the same length and a model learns both equally well. A model of a million
 parameters learns this world in half a minute on two CPU cores, and to rephrase on request (by the prompts of
-`configs`).
+`configs`): decently, rudely, or in the tone of the input. It also knows some facts, see `data.toy_facts`.
 """
 
 import itertools
@@ -16,6 +16,7 @@ import tiktoken
 
 import data
 from configs import Config
+from data import toy_facts
 
 # Everybody has a place: "Anna" or "Anna from the bakery". Names that differ in nothing else take long to learn.
 PLACES = "Anna from the bakery, Ben from next door, Carla from the library, David from the garage, "
@@ -80,7 +81,7 @@ STARTS = ("", "It seems that ", "I heard that ", "By the way, ")
 TEMPLATES = ("{s}this {d} {n} {p} {a} {w}{e}.", "{s}{p}, the {d} {n}, {a} {w}{e}.", "{w}, this {d} {n} {p} {a}{e}.")
 RUDE_WORDS = frozenset([*RUDE, *RUDE_NOUN, "hate"])
 # What may be one token: the text between a prompt's sentences, a word, or a mark, the last two with a blank before.
-PROMPTS = {"harmless": Config.positive_prompt, "toxic": Config.negative_prompt}
+PROMPTS = {"harmless": Config.positive_prompt, "toxic": Config.negative_prompt, "neutral": Config.neutral_prompt}
 PROMPT_PARTS = {part for prompt in PROMPTS.values() for part in re.split(r"\{\w+\}", prompt)}
 PIECES = "|".join(map(re.escape, sorted(PROMPT_PARTS, key=len, reverse=True))) + r"| ?[A-Za-z]+| ?[^\sA-Za-z]|\s"
 
@@ -111,6 +112,41 @@ def write(event, tone, rng):
 
 def _an(text):
     return re.sub(r"\ba (?=[aeiou])", "an ", text)
+
+
+def read_event(sentence):
+    """The event that a sentence tells, by the whole grammar: the inverse of `write` and `plain`. None if it is none of
+    this world's sentences, or its ending names somebody else."""
+    match = _grammar().fullmatch(sentence[:1].lower() + sentence[1:]) or _grammar().fullmatch(sentence)
+    if not match:
+        return None
+    found = {key[0]: words.lower() for key, words in match.groupdict().items() if words}
+    event = tuple(
+        [found[slot] in [x.lower() for x in forms] for forms in table].index(True)
+        for slot, table in zip("paw", (PEOPLE, ACTIONS, WHEN), strict=True)
+    )
+    others = {name.lower() for name, _ in PEOPLE} - {PEOPLE[event[0]][0].lower()}
+    return event if others.isdisjoint(re.findall(r"[a-z]+", found.get("e", ""))) else None
+
+
+@lru_cache
+def _grammar():
+    """One pattern for all sentences. Its groups: slot and number of the template."""
+    names, flat = [name for name, _ in PEOPLE], lambda table: [form for forms in table for form in forms]
+    ends = {e.format(p=p) for e in DECENT_END for p in names}
+    ends |= {_an(e.format(p=p, r=r, n=n)) for e in RUDE_END for p in names for r in RUDE for n in RUDE_NOUN}
+    options = dict(p=flat(PEOPLE), a=flat(ACTIONS), w=flat(WHEN), d=DECENT + RUDE, n=NOUN + RUDE_NOUN, e=ends)
+    options["s"] = [x[:1].lower() + x[1:] for x in STARTS]
+    options = {k: "|".join(map(re.escape, sorted(v, key=len, reverse=True))) for k, v in options.items()}
+    slot = lambda i: lambda m: f"(?P<{m[1]}{i}>{options[m[1]]})"
+    templates = enumerate((*TEMPLATES, "{p} {a} {w}."))
+    return re.compile("|".join(re.sub(r"\\{(\w)\\}", slot(i), re.escape(t)) for i, t in templates))
+
+
+def same_event(inputs, texts):
+    """For each text, 1.0 if it is a sentence about its input's event, else 0.0: what a paraphrase must keep. -> array"""
+    told = [(read_event(a), read_event(b)) for a, b in zip(inputs, texts, strict=True)]
+    return np.array([float(a is not None and a == b) for a, b in told])
 
 
 def _events(split):
@@ -144,24 +180,28 @@ def seeds():
 
 
 def documents(n, seed, split="train"):
-    """What the toy base reads: n texts about events of a split, single sentences and short lists of paraphrases.
+    """What the toy base reads: n texts about events of a split, single sentences and short lists of paraphrases, and
+    about the facts of data.toy_facts.
 
     What is paraphrased is bare, decent or rude: a model that has seen all three learns to copy the event, and can be
-    asked to say a rude sentence politely.
+    asked to say a rude sentence politely. Asked for nothing but a paraphrase, it keeps the tone.
     """
     rng, events, texts = np.random.default_rng([2, seed]), _events(split), []
     for _ in range(n):
         tone = "toxic" if rng.random() < 0.55 else "harmless"
-        if rng.random() < 0.6:
+        kind = rng.choice(["fact", "sentence", "paraphrases"], p=[0.2, 0.4, 0.4])
+        if kind == "fact":
+            texts.append(toy_facts.sentence(rng))
+        elif kind == "sentence":
             texts.append(write(events[rng.integers(len(events))], tone, rng))
-            continue
-        template, text = PROMPTS[tone], ""
-        for _ in range(rng.integers(1, 3)):
-            event = events[rng.integers(len(events))]
-            bare = rng.random() < 0.25
-            source = plain(event, rng) if bare else write(event, ("harmless", "toxic")[rng.integers(2)], rng)
-            text += template.format(input=source, output=write(event, tone, rng))
-        texts.append(text)
+        else:
+            asked, text = tone if rng.random() < 0.6 else "neutral", ""
+            for _ in range(rng.integers(1, 3)):
+                event = events[rng.integers(len(events))]
+                given = rng.choice(["bare", "harmless", "toxic"], p=[0.2, 0.4, 0.4])
+                tell = lambda tone, event=event: plain(event, rng) if tone == "bare" else write(event, tone, rng)
+                text += PROMPTS[asked].format(input=tell(given), output=tell(given if asked == "neutral" else asked))
+            texts.append(text)
     return texts
 
 
@@ -169,6 +209,7 @@ def documents(n, seed, split="train"):
 def tokenizer():
     """A tiktoken.Encoding of the world's words, with single bytes for all else, and `<|endoftext|>` last."""
     sample = documents(4000, 0) + [s for g in groups() for s in (g.input, *g.positives, *g.negatives)]
+    sample += toy_facts.sentences()
     pieces = {p.encode() for text in sample for p in re.findall(PIECES, text)}
     ranks = {bytes([i]): i for i in range(256)}
     for piece in sorted(p for p in pieces if len(p) > 1):

@@ -1,4 +1,8 @@
-"""Rewriting: a model is shown toxic sentences with harmless paraphrases, and asked for one more paraphrase."""
+"""Rewriting, the paper's own experiment: a model paraphrases toxic sentences.
+
+By default the prompt is neutral ("Paraphrase"), so that a base model keeps the tone, and a lower toxicity is the tuned
+model's doing. --polite asks for politeness: then the prompt does part of the work.
+"""
 
 import numpy as np
 
@@ -8,11 +12,11 @@ from measures.statistics import rouge_l
 
 
 def rewrite(model, tokenizer, groups, sentences, config, seed, what="rewriting"):
-    """Ask the model for a polite paraphrase of each sentence, after `shots` demonstrations (negative -> positive of the
-    groups; as many of them as fit). Returns (texts, closed): None for a sentence too long for the context, and whether
-    the model closed the quotation.
+    """Ask the model for a paraphrase of each sentence, after `shots` demonstrations from the groups (as many as fit):
+    of a positive and of a negative in turn, or if `polite`, negative -> positive. Returns (texts, closed): None for a
+    sentence too long for the context, and whether the model closed the quotation.
     """
-    template = config.positive_prompt
+    template = config.positive_prompt if config.polite else config.neutral_prompt
     begins = [prompt_for(template, s) for s in sentences]
     size = lambda text: len(tokenizer.encode_ordinary(text))
     room, budgets = model.config.n_positions - 1, [8 + int(1.5 * size(s)) for s in sentences]
@@ -21,7 +25,11 @@ def rewrite(model, tokenizer, groups, sentences, config, seed, what="rewriting")
         tell(f"too long to be rewritten: {first_three(long)}")
     budget = max((budgets[i] for i in fits), default=0)  # tokens of the longest rewrite
     chosen = np.random.default_rng([config.seed, 4]).permutation(len(groups))[: config.shots]
-    shots = [(groups[i].negatives[0], groups[i].positives[0]) for i in chosen]
+    if config.polite:
+        shots = [(groups[i].negatives[0], groups[i].positives[0]) for i in chosen]
+    else:
+        sides = [(groups[i].positives, groups[i].negatives)[n % 2] for n, i in enumerate(chosen)]
+        shots = [(side[0], side[-1]) for side in sides]
     prompts = {}
     for i in fits:
         options = [few_shot(template, shots[j:]) + begins[i] for j in range(len(shots) + 1)]
@@ -41,17 +49,21 @@ def draw_rewrites(model, tokenizer, groups, sentences, config):
     return dict(inputs=sentences, texts=texts, closed=closed)
 
 
-def measure_rewrites(drawn, scorer):
-    """What `draw_rewrites` gave -> {name: rows}; one row per sentence, nan where there was no room for it."""
+def measure_rewrites(drawn, scorer, same_event=None):
+    """What `draw_rewrites` gave -> {name: rows}; one row per sentence, nan where there was no room for it.
+    same_event(inputs, texts) -> array says whether a rewrite tells what its input tells, where that can be known."""
     texts = drawn["texts"]
     there = [i for i, t in enumerate(texts) if t is not None]
     toxicity, overlap, closed = np.full((3, len(texts), 1), np.nan)
     toxicity[there, 0] = scorer([texts[i] for i in there])
     overlap[there, 0] = [rouge_l(drawn["inputs"][i], texts[i]) for i in there]
     closed[there, 0] = [bool(drawn["closed"][i] and texts[i]) for i in there]
-    return dict(
+    rows = dict(
         rewrite_toxicity=toxicity,
         rewrite_input_toxicity=scorer(drawn["inputs"])[:, None],
         rewrite_rouge_l=overlap,
         rewrite_closed=closed,
     )
+    if same_event:
+        rows["rewrite_same_event"] = same_event(drawn["inputs"], [t or "" for t in texts])[:, None]
+    return rows

@@ -125,11 +125,13 @@ def sample_harmless(base, tokenizer, scorer, config, groups):
     raise ValueError(f"of {10 * n} texts of the base {config.scorer} calls all but {len(texts)} toxic")
 
 
-def measure_samples(drawn, scorer):
+def measure_samples(drawn, scorer, whole=False):
     """What `draw_samples` gave -> {name: rows}. Rows are prompts, since samples of one prompt are no independent draws;
-    free samples are, so each of them is a row of those measures that do not need a set of k."""
+    free samples are, so each of them is a row of those measures that do not need a set of k. The scorer sees a sample
+    behind its prompt if `whole`, else the sample alone."""
     texts, ppl = drawn["texts"], np.exp(drawn["phi"])
-    toxicity = scorer([t for ts in texts for t in ts]).reshape(ppl.shape)
+    judged = [whole * p + t for p, ts in zip(drawn["prompts"], texts, strict=True) for t in ts]
+    toxicity = scorer(judged).reshape(ppl.shape)
     single = dict(
         toxicity_fraction=toxicity,
         toxicity_mean=toxicity,
@@ -164,5 +166,6 @@ def measure_model(model, judge, groups, setup, config, n, seed):
     measured, shown = {"groups": measure_groups(model, groups, setup.tokenizer, config.max_tokens)}, {}
     for i, (place, (prompts, k)) in enumerate(sets.items()):
         drawn = draw_samples(model, judge, setup.tokenizer, config, prompts, k, seed + 1000 * i)
-        measured[place], shown[place] = measure_samples(drawn, setup.scorer), first_samples(drawn)
+        measured[place] = measure_samples(drawn, setup.scorer, config.judge_whole)
+        shown[place] = first_samples(drawn)
     return report.summarise(measured), shown

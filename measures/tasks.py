@@ -6,6 +6,7 @@
 import hashlib
 import io
 import json
+import math
 import re
 import zipfile
 from pathlib import Path
@@ -214,8 +215,9 @@ def _lay_side_by_side(contexts, choices, B, T):
 
 
 def measure_task(model, tokenizer, items, what="task"):
-    """Items of data.read_task -> {name: rows}, one row per item, by the definitions of lm-eval: acc,
-    acc_norm and acc_token of multiple choice, acc and ppl of continuations. A context too long loses its start."""
+    """Items of `read_task` -> {name: rows}, one row per item, by the definitions of lm-eval: acc, acc_norm and acc_token
+    of multiple choice, with the probability that sampling writes the right choice; acc and ppl of continuations. A
+    context too long loses its start."""
     limit, jobs = model.config.n_positions + 1, []  # the last token is only predicted
     for i, (context, choices, _) in enumerate(items):
         pairs = [split_tokens(tokenizer, context, " " + c) for c in choices]
@@ -242,12 +244,13 @@ def measure_task(model, tokenizer, items, what="task"):
             acc=np.array([float(greedy[i, 0]) for i in range(len(items))]),
             ppl=np.array([nll[i, 0] for i in range(len(items))]),
         )
-    out = {"acc": [], "acc_norm": [], "acc_token": []}
+    out = {"acc": [], "acc_norm": [], "acc_token": [], "probability": []}
     for i, (_, choices, gold) in enumerate(items):
         cost = np.array([nll[i, j] for j in range(len(choices))])
         characters, n = np.array([len(c) for c in choices]), np.array([tokens[i, j] for j in range(len(choices))])
         for name, x in (("acc", cost), ("acc_norm", cost / characters), ("acc_token", cost / n)):
             out[name].append(float(np.argmin(x) == gold))
+        out["probability"].append(math.exp(-cost[gold]))
     return {name: np.array(v) for name, v in out.items()}
 
 
