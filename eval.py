@@ -248,7 +248,7 @@ def find_models(config):
     ckpt, out = tuned_checkpoint(config)
     if config.base and (ckpt.is_file() or ckpt.suffix.lower() != ".pt"):
         return str(ckpt), config.base, out
-    saved = load_checkpoint(ckpt) if ckpt.suffix.lower() == ".pt" else {}
+    saved = load_checkpoint(ckpt, mmap=True) if ckpt.suffix.lower() == ".pt" else {}
     if not saved:
         raise ValueError(f"{ckpt} is no checkpoint of train.py, so what is it to be compared with? Give --base")
     base = str(saved.get("config", {}).get("init_from", "scratch"))
@@ -496,7 +496,7 @@ def saved_settings(flags):
     ckpt = find(flags.get("ckpt", ""))
     if ckpt.suffix.lower() != ".pt":
         return {}
-    saved = load_checkpoint(ckpt).get("config", {})
+    saved = load_checkpoint(ckpt, mmap=True).get("config", {})
     if saved.get("scorer", "ngram") not in SCORERS and "scorer" not in flags:
         raise ValueError(f"{ckpt} names the scorer {saved['scorer']!r}, which is not imported unasked: give --scorer")
     if not ships(str(saved.get("init_from", ""))):
