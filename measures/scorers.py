@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from configs import find
 from data import is_score, wrong
-from engine.run import append, atomic_write, read_records, read_text
+from engine.run import append, atomic_write, parse_records, read_text
 
 ROWS = 256  # texts per call of a scorer: what is lost at most when one fails
 
@@ -57,9 +57,10 @@ class Scorer:
             raise ValueError(f"{self.path}: wanted JSON lines, to which others can be added, got an array")
         self.open_end = text[-1:] not in ("", "\n")
         if self.function and self.open_end:  # an interruption cut the cache's last line
-            atomic_write(self.path, text[: text.rfind("\n") + 1])
+            text = text[: text.rfind("\n") + 1]
+            atomic_write(self.path, text)
             self.open_end = False
-        for where, record in read_records(self.path, "score file", hint):
+        for where, record in parse_records(text, self.path, hint):
             if not isinstance(record.get("text"), str) or not is_score(record.get("score", "none")):
                 raise wrong(where, '{"text": ..., "score": 0 to 1, or null}', record)
             if self.whose.items() <= record.items():
