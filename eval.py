@@ -32,7 +32,6 @@ if __name__ == "__main__":
 import difflib
 import hashlib
 import json
-import math
 import re
 import shlex
 import sys
@@ -50,6 +49,7 @@ from engine.run import Log, atomic_write, held, read_json, read_records, version
 from engine.weights import PUBLISHED, load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
 from measures.groups import frames, measure_groups
+from measures.published import check_published
 from measures.report import MEASURES
 from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
 from measures.samples import (
@@ -64,7 +64,7 @@ from measures.samples import (
     measure_samples,
 )
 from measures.statistics import bootstrap, rouge_l
-from measures.tasks import EXPECTED, SOURCES, measure_task, published_file, read_task
+from measures.tasks import SOURCES, measure_task, published_file, read_task
 from measures.texts import measure_drift, measure_text, read_measured_text, windows
 from model import GPT
 
@@ -125,17 +125,11 @@ def compare_samples(ev):
     for i, (place, prompts) in enumerate(prompt_sets(ev).items()):
         what, seed = report.PLACES.get(place, place), c.seed + 1 + 1000 * i  # free samples: train.py's closing ones
         ev.sizes[place] = f"{len(prompts)} x {c.k}"
-        measure_sides(
-            ev,
-            f"samples, {what}",
-            place,
-            [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p],
-            lambda model, a=(prompts, c.k, seed, what): draw_samples(
-                model, setup.models["base"], setup.tokenizer, c, *a
-            ),
-            lambda drawn: measure_samples(drawn, setup.scorer),
-            first_samples,
-        )
+        key = [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p]
+        how = (setup.models["base"], setup.tokenizer, c, prompts, c.k, seed, what)
+        draw = lambda model, how=how: draw_samples(model, *how)
+        judge = lambda drawn: measure_samples(drawn, setup.scorer)
+        measure_sides(ev, f"samples, {what}", place, key, draw, judge, first_samples)
 
 
 def prompt_sets(ev):
@@ -160,16 +154,10 @@ def prompt_sets(ev):
 def compare_rewrites(ev):
     c, setup, test, train = ev.config, ev.setup, ev.groups["test"], ev.groups["train"]
     sentences = [g.negatives[i % len(g.negatives)] for i, g in enumerate(test)][: c.n_prompts or None]
-    settings = [c.shots, c.positive_prompt, c.seed, c.temperature, c.top_p]
-    measure_sides(
-        ev,
-        "rewriting",
-        "rewriting",
-        [sentences, [vars(g) for g in train], *settings],
-        lambda model: draw_rewrites(model, setup.tokenizer, train, sentences, c),
-        lambda drawn: measure_rewrites(drawn, setup.scorer),
-        lambda drawn: list(zip(drawn["inputs"], (t or "" for t in drawn["texts"]), strict=True))[:3],
-    )
+    key = [sentences, [vars(g) for g in train], c.shots, c.positive_prompt, c.seed, c.temperature, c.top_p]
+    draw = lambda model: draw_rewrites(model, setup.tokenizer, train, sentences, c)
+    show = lambda drawn: list(zip(drawn["inputs"], (t or "" for t in drawn["texts"]), strict=True))[:3]
+    measure_sides(ev, "rewriting", "rewriting", key, draw, lambda drawn: measure_rewrites(drawn, setup.scorer), show)
 
 
 def text_of(ev):
@@ -353,11 +341,8 @@ def write_results(ev, command, began):
     c, scorer, compared = ev.config, ev.setup.scorer, differences(ev)
     sides = {side: {p: {n: m[side] for n, m in ms.items()} for p, ms in compared.items()} for side in ev.names}
     sides = {side: report.flat(places) for side, places in sides.items()}
-    toxicity = {
-        side: [m["toxicity_mean"] for m in places.values() if "toxicity_mean" in m]
-        for side, places in ev.measured.items()
-    }
-    missing = {side: sum(int(np.isnan(rows).sum()) for rows in found) for side, found in toxicity.items()}
+    absent = lambda ms: sum(int(np.isnan(m["toxicity_mean"]).sum()) for m in ms.values() if "toxicity_mean" in m)
+    missing = {side: absent(places) for side, places in ev.measured.items()}
     told = report.warnings(sides["tuned"], sides["base"])
     names = {n for ms in compared.values() for n in ms}
     how = dict(command=command, seed=c.seed, scorer=dict(name=scorer.name, sha256=scorer.hash), parts=ev.parts)
@@ -459,37 +444,6 @@ def export(config):
     print(f"written to {folder}: config.json, model.safetensors, README.md")
 
 
-def check_published(config):
-    """--check=NAME: measure a published model (or --base=FOLDER in its place) in fp32 against published numbers.
-    Returns True if all are within their tolerance; what could not be measured fails."""
-    if config.check not in EXPECTED:
-        raise ValueError(f"no published numbers for {config.check!r}, only for {', '.join(EXPECTED)}")
-    config.dtype, config.tokenizer = "float32", "gpt2"
-    setup = open_setup(config, {"model": config.base or config.check})
-    model, tokenizer = setup.models["model"], setup.tokenizer
-    measured, rows, good = {}, [], True
-    for source in dict.fromkeys(e[0] for e in EXPECTED[config.check]):
-        try:
-            path = published_file(source)
-        except OSError as e:
-            print(f"not measured: {e}")
-            continue
-        if source == "wikitext2":
-            text = read_measured_text(path, tokenizer)
-            measured[source] = measure_text(model, tokenizer, *text, model.config.n_positions)
-        else:
-            measured[source] = measure_task(model, tokenizer, read_task(path), source)
-    for source, name, published, tolerance, where in EXPECTED[config.check]:
-        value = MEASURES[name].of(measured[source][name]) if source in measured else math.nan
-        ok = abs(value - published) <= tolerance
-        good &= ok
-        numbers = [report.format_number(name, x) for x in (value, published, tolerance)]
-        verdict = "ok" if ok else "DIFFERS" if source in measured else "not measured"
-        rows += [[f"{source}: {MEASURES[name].label.strip()}", *numbers, verdict], f"    {where}"]
-    print(report.format_table([config.check, "measured", "published", "tolerance", ""], rows))
-    return good
-
-
 def saved_settings(flags):
     """Without a config file, the settings of the checkpoint that --ckpt names: those that say what is measured and how.
     No file says where something is written, or which code is run."""
@@ -518,12 +472,8 @@ def main(argv=None):
         config = load_config("eval", argv, start=saved_settings)
         if config.check:
             sys.exit(0 if check_published(config) else 1)
-        for value, command in (
-            (config.prompt, continue_prompt),
-            (config.rewrite, rewrite_file),
-            (config.export, export),
-        ):
-            if value:
+        for name, command in dict(prompt=continue_prompt, rewrite=rewrite_file, export=export).items():
+            if getattr(config, name):
                 return command(config)
         evaluate_run(config, "python eval.py " + shlex.join(argv))
 

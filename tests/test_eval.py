@@ -23,11 +23,12 @@ from configs import Config, load_config
 from data import toy
 from measures import report
 from measures.groups import measure_groups
+from measures.published import EXPECTED
 from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
 from measures.samples import continue_prompts, cut_prompts, draw_samples, measure_samples
 from measures.scorers import get_scorer
 from measures.statistics import rouge_l
-from measures.tasks import EXPECTED, SOURCES, choice_nll, measure_task, published_file, read_task, task_scores
+from measures.tasks import SOURCES, choice_nll, measure_task, published_file, read_task, task_scores
 from measures.texts import detokenize, measure_drift, measure_text, text_perplexity, wikitext_rows
 from model import GPT, GPTConfig
 
@@ -1550,13 +1551,13 @@ def published(monkeypatch, tokenizer, toy_tasks, toy_text, tmp_path):
             raise ConnectionError(f"{name}: http://x could not be fetched (no network). Put that file into y")
         return files[name]
 
-    monkeypatch.setattr(evaluation, "published_file", get)
+    monkeypatch.setattr("measures.published.published_file", get)
     monkeypatch.setattr(data, "get_tokenizer", lambda name: tokenizer)
     return tmp_path / "model", files
 
 
 def checked(folder, expected, monkeypatch):
-    monkeypatch.setattr(evaluation, "EXPECTED", {"gpt2": expected})
+    monkeypatch.setattr("measures.published.EXPECTED", {"gpt2": expected})
     with pytest.raises(SystemExit) as e:
         evaluation.main(["--check=gpt2", f"--base={folder}"])
     return e.value.code
