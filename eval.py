@@ -61,6 +61,7 @@ from measures.samples import (
     first_samples,
     fitting,
     free_prompts,
+    judged,
     measure_samples,
 )
 from measures.statistics import bootstrap, rouge_l
@@ -94,8 +95,8 @@ class Evaluation:
 
 
 def measure_sides(ev, step, place, depends_on, compute, to_rows=None, to_texts=None):
-    """Measure base and tuned: compute(model) -> what JSON can hold; to_rows and to_texts make {name: rows} and texts to
-    show of it. What an earlier evaluation computed from the same (`depends_on`, models) is not computed again."""
+    """Measure base and tuned: compute(model) -> what JSON can hold; to_rows makes {place: {name: rows}} of it, to_texts
+    texts to show. What an earlier evaluation computed from the same (`depends_on`, models) is not computed again."""
     told = []
     for side, model in ev.setup.models.items():
         file = ev.out / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', step.lower())}.{side}.json"
@@ -104,9 +105,10 @@ def measure_sides(ev, step, place, depends_on, compute, to_rows=None, to_texts=N
         began = time.time()
         with ev.setup.amp():
             value, known = cached(file, key, lambda model=model: compute(model))
-        rows = to_rows(value) if to_rows else {name: np.array(v, dtype=float) for name, v in value.items()}
-        wanted = {k: v for k, v in rows.items() if k in MEASURES and MEASURES[k].part in ev.parts}
-        ev.measured[side].setdefault(place, {}).update(wanted)
+        found = to_rows(value) if to_rows else {place: {k: np.array(v, dtype=float) for k, v in value.items()}}
+        for where, rows in found.items():
+            wanted = {k: v for k, v in rows.items() if k in MEASURES and MEASURES[k].part in ev.parts}
+            ev.measured[side].setdefault(where, {}).update(wanted)
         if to_texts:
             ev.shown[side][place] = to_texts(value)
         told.append(f"{side} {'from before' if known else f'{time.time() - began:.1f} s'}")
@@ -128,7 +130,7 @@ def compare_samples(ev):
         key = [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p]
         how = (setup.models["base"], setup.tokenizer, c, prompts, c.k, seed, what)
         draw = lambda model, how=how: draw_samples(model, *how)
-        judge = lambda drawn: measure_samples(drawn, setup.scorer)
+        judge = lambda drawn, place=place: judged(measure_samples, drawn, place, [setup.scorer, *setup.others])
         measure_sides(ev, f"samples, {what}", place, key, draw, judge, first_samples)
 
 
@@ -157,7 +159,8 @@ def compare_rewrites(ev):
     key = [sentences, [vars(g) for g in train], c.shots, c.positive_prompt, c.seed, c.temperature, c.top_p]
     draw = lambda model: draw_rewrites(model, setup.tokenizer, train, sentences, c)
     show = lambda drawn: list(zip(drawn["inputs"], (t or "" for t in drawn["texts"]), strict=True))[:3]
-    measure_sides(ev, "rewriting", "rewriting", key, draw, lambda drawn: measure_rewrites(drawn, setup.scorer), show)
+    judge = lambda drawn: judged(measure_rewrites, drawn, "rewriting", [setup.scorer, *setup.others])
+    measure_sides(ev, "rewriting", "rewriting", key, draw, judge, show)
 
 
 def text_of(ev):
@@ -338,7 +341,7 @@ def differences(ev):
 
 def write_results(ev, command, began):
     """Write eval.json and what summary.json lacks; print table, samples and warnings."""
-    c, scorer, compared = ev.config, ev.setup.scorer, differences(ev)
+    c, scorer, others, compared = ev.config, ev.setup.scorer, ev.setup.others, differences(ev)
     sides = {side: {p: {n: m[side] for n, m in ms.items()} for p, ms in compared.items()} for side in ev.names}
     sides = {side: report.flat(places) for side, places in sides.items()}
     absent = lambda ms: sum(int(np.isnan(m["toxicity_mean"]).sum()) for m in ms.values() if "toxicity_mean" in m)
@@ -346,6 +349,7 @@ def write_results(ev, command, began):
     told = report.warnings(sides["tuned"], sides["base"])
     names = {n for ms in compared.values() for n in ms}
     how = dict(command=command, seed=c.seed, scorer=dict(name=scorer.name, sha256=scorer.hash), parts=ev.parts)
+    how |= dict(other_scorers=[dict(name=s.name, sha256=s.hash) for s in others])
     machine = dict(device=str(ev.setup.device), dtype=str(ev.setup.dtype)[6:], versions=versions())
     out = how | ev.names | machine | dict(seconds=time.time() - began, missing_scores=missing, warnings=told)
     out |= dict(measures=compared, definitions={n: m.definition for n, m in MEASURES.items() if n in names})
@@ -360,8 +364,9 @@ def write_results(ev, command, began):
     print("\n~ the interval contains 0; rows in which nothing varies are left out (eval.json has them)")
     print(report.wrap(f"toxic: {scorer.name} > 0.5; sizes: prompts x samples of at most {c.sample_tokens} tokens"))
     print(report.format_samples(ev.shown))
+    files = ", ".join(str(s.path) for s in (scorer, *others) if not s.function)
     if any(missing.values()):
-        print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {scorer.path}"))
+        print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {files}"))
     for w in told:
         print("\n" + report.wrap(f"WARNING {w}"))
     print(f"\n{out['seconds']:.0f} s in all\nwritten to {ev.out}: eval.json, summary.json")

@@ -133,7 +133,12 @@ class Config:
     lora_alpha: float = _optimiser(16.0, "what LoRA adds is scaled by alpha / rank", above=0)
     lora_targets: str = _optimiser("all", "which matrices of a block get them", among="all attn mlp")
 
-    scorer: str = _measure("ngram", "judge of toxicity: ngram, module:function, or file:SCORES.jsonl (eval.py)", ALL)
+    scorer: str = _measure(
+        "ngram",
+        "judge of toxicity: ngram, module:function, or file:SCORES.jsonl (eval.py); eval.py takes several, with commas "
+        "between, and shows how far the others agree with the first",
+        ALL,
+    )
     eval_interval: int = _measure(50, "steps between validations; 0: first and last step only", "train", low=0)
     eval_groups: int = _measure(40, "groups or documents that a validation scores", "train", low=1)
     price: float = _measure(1.0, "best.pt has least toxicity + price * what it costs in language", "train", low=0)
@@ -319,7 +324,10 @@ def load_config(script, argv=None, start=None, said=""):
                 raise ValueError(f"{path} is for {other}.py (it sets {key}): {hint}")
         else:
             begin = start(flags) if start else {}
-        return Config(**(begin | flags))
+        config = Config(**(begin | flags))
+        if script != "eval" and "," in config.scorer:
+            raise ValueError(f"{script}.py takes one scorer, got {config.scorer!r:.60}: only eval.py compares several")
+        return config
     except (ValueError, OSError) as e:
         parser.exit(2, f"{parser.prog}: {one_line(f'{said}{e}')}\n")
 

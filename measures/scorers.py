@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -31,6 +32,12 @@ def get_scorer(name, cache=None):
     if name == "ngram" or (kind and rest):
         return Scorer(name, *_load("measures.ngram:score" if name == "ngram" else name), cache)
     raise ValueError(f"scorer {name!r}: wanted ngram, module:function, or file:SCORES.jsonl")
+
+
+def get_scorers(names, cache=None):
+    """The scorers of names with commas between, 'module:function,ngram': each once. A comma in the path of a file of
+    scores is none of these, since no name of a scorer begins behind it."""
+    return [get_scorer(name, cache) for name in dict.fromkeys(re.split(r",\s*(?=ngram(?:,|$)|[\w.]+:)", names))]
 
 
 class Scorer:
