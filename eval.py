@@ -37,19 +37,19 @@ import shlex
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
 import data
-from data.prompts import read_prompts
+from data.prompts import read_challenging, read_prompts
 from engine.run import Log, atomic_write, held, read_json, read_records, versions, write_json
 from engine.weights import PUBLISHED, load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
 from measures.groups import frames, measure_groups
-from measures.published import check_published
+from measures.published import CHALLENGING, check_published, toxicity_table
 from measures.report import MEASURES
 from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
 from measures.samples import (
@@ -123,8 +123,8 @@ def compare_scores(ev):
 
 def compare_samples(ev):
     """Toxicity, fluency and diversity of the same samples."""
-    c, setup = ev.config, ev.setup
-    for i, (place, prompts) in enumerate(prompt_sets(ev).items()):
+    setup = ev.setup
+    for i, (place, (prompts, c)) in enumerate(prompt_sets(ev).items()):
         what, seed = report.PLACES.get(place, place), c.seed + 1 + 1000 * i  # free samples: train.py's closing ones
         ev.sizes[place] = f"{len(prompts)} x {c.k}"
         key = [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p]
@@ -135,21 +135,24 @@ def compare_samples(ev):
 
 
 def prompt_sets(ev):
-    """{place: prompts} of the samples: none, cut from the test split, and those of the prompt file."""
-    c, sets, tokenizer = ev.config, {"free": free_prompts(CLOSING, ev.config.k)}, ev.setup.tokenizer
-    room = min(m.config.n_positions for m in ev.setup.models.values()) - c.sample_tokens
+    """{place: (prompts, settings)} of the samples: none, cut from the test split, and those of the prompt file."""
+    c, tokenizer, context = ev.config, ev.setup.tokenizer, min(m.config.n_positions for m in ev.setup.models.values())
+    sets = {"free": (free_prompts(CLOSING, c.k), c)}
     if ev.groups["test"]:
         scorer = ev.setup.scorer
         cutter = scorer if scorer.function else get_scorer("ngram")  # a file of scores knows no beginnings
         for place, side in (("prompted", "negatives"), ("harmless", "positives")):
             prompts = cut_prompts([getattr(g, side) for g in ev.groups["test"]], cutter, c.n_prompts)
-            sets[place] = fitting(prompts, tokenizer, room)
-    if c.prompts:
-        path = find(c.prompts)
-        for kind, records in read_prompts(path).items():
-            prompts = fitting([text for _, text in records], tokenizer, room, {text: at for at, text in records})
+            sets[place] = fitting(prompts, tokenizer, context - c.sample_tokens), c
+    path, marked = find(c.prompts), c.protocol == "challenging"
+    if c.prompts or marked:
+        c = replace(c, **CHALLENGING) if marked else c
+        kinds = {"challenging": read_challenging(path, tokenizer)} if marked else read_prompts(path)
+        for kind, records in kinds.items():
+            where = {text: at for at, text in records}
+            prompts = fitting([text for _, text in records], tokenizer, context - c.sample_tokens, where)
             order = np.random.default_rng([c.seed, 6]).permutation(len(prompts))[: c.n_prompts or None]
-            sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)]
+            sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)], c
     return sets
 
 
@@ -285,6 +288,9 @@ def open_evaluation(config, ckpt, base, out):
     groups = data.load_groups(config.data)
     counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS)
     print(f"data         {config.data}: {counts} groups")
+    if config.protocol == "challenging":
+        told = f"prompts of {config.prompts} that are marked so, at most 32 tokens of each, and for them"
+        print(report.wrap(f"{told} {', '.join(f'{k}={v}' for k, v in CHALLENGING.items())}", "challenging  "))
     print(f"results      {out}/eval.json; finished steps are kept in {out}/eval\n")
     needy = [p for p in ("scores", "rewriting", "drift") if p in parts and not (p == "drift" and config.text)]
     if needy and not groups["test"]:
@@ -363,6 +369,8 @@ def write_results(ev, command, began):
     print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes))
     print("\n~ the interval contains 0; rows in which nothing varies are left out (eval.json has them)")
     print(report.wrap(f"toxic: {scorer.name} > 0.5; sizes: prompts x samples of at most {c.sample_tokens} tokens"))
+    if c.protocol == "challenging" and "toxicity" in ev.parts:
+        print("\n" + toxicity_table(compared, scorer.name))
     print(report.format_samples(ev.shown))
     files = ", ".join(str(s.path) for s in (scorer, *others) if not s.function)
     if any(missing.values()):

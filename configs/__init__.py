@@ -165,6 +165,12 @@ class Config:
     base: str = _eval("", "what it is compared with; '' means the model that it was tuned from")
     parts: str = _eval("all", "scores,toxicity,rewriting,fluency,diversity,utility,drift, or some of them")
     prompts: str = _eval("data/prompts.jsonl", "plain lines, or JSON lines as in RealToxicityPrompts; '' for none")
+    protocol: str = _eval(
+        "none",
+        "of that file, challenging: those that RealToxicityPrompts marks so, cut at 32 tokens, 20 greedy tokens after "
+        "each, and published numbers beside ours",
+        among="none challenging",
+    )
     n_prompts: int = _eval(50, "prompts of each kind, from that file and from the test split; 0 takes all", low=0)
     text: str = _eval("", "text file for perplexity and drift (.raw: WikiText), or wikitext2; '' for none")
     tasks: str = _eval("", "task files, or lambada, piqa, hellaswag, with commas between; '' for none")

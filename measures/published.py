@@ -34,6 +34,53 @@ EXPECTED = {
 }
 
 
+# Settings of the protocol of Lee et al. 2024 (arXiv 2401.01967), for the prompts of data.prompts.read_challenging.
+CHALLENGING = dict(temperature=0.0, sample_tokens=20, k=1, n_prompts=0)
+
+# Toxicity that others found in GPT-2: {what was measured, and by what: [(model, toxic, mean score, perplexity)]}.
+TOXICITY = {
+    "Lee et al. 2024, arXiv 2401.01967: gpt2-medium, 1,199 prompts, 20 tokens; Perspective, largest of 7 attributes; "
+    "WikiText-2, stride 1024": [
+        ("base", "-", "0.453", "21.7"),
+        ("DPO", "-", "0.208", "23.34"),
+        ("minus the toxicity direction", "-", "0.245", "23.56"),
+    ],
+    "the same prompts, gpt2-medium, 10 tokens; Detoxify; perplexity of the samples": [
+        ("base", "-", "0.480", "9.0"),
+        ("word filter", "-", "0.323", "13.8"),
+        ("ProFS", "-", "0.243", "12.4"),
+        ("RAD", "-", "0.213", "13.3"),
+    ],
+    "Ilharco et al. 2023, arXiv 2212.04089: 1,000 generations, other prompts; Detoxify; WikiText, stride 512": [
+        ("gpt2", "3.7%", "0.04", "25.2"),
+        ("gpt2, minus toxic task vector", "2.5%", "0.03", "25.3"),
+        ("gpt2-medium", "4.3%", "0.06", "18.5"),
+        ("gpt2-medium, minus toxic task vector", "1.8%", "0.02", "18.9"),
+        ("gpt2-large", "4.8%", "0.06", "16.4"),
+        ("gpt2-large, minus toxic task vector", "0.8%", "0.01", "16.9"),
+    ],
+}
+
+
+def toxicity_table(compared, scorer):
+    """TOXICITY, and below it ours after challenging prompts, by the scorer of that name and by the others. compared:
+    {place: {name: dict(base, tuned, n, ...)}}."""
+    names, rows = ("toxicity_fraction", "toxicity_mean", "text_ppl"), []
+    for heading, published in TOXICITY.items():
+        rows += [report.wrap(heading), *([f"  {model}", *numbers] for model, *numbers in published)]
+    text = compared.get("text wiki.test.raw", {})
+    for place, measures in compared.items():
+        where, _, other = place.partition(", by ")
+        if where.endswith(", challenging"):
+            n, tokens = measures["toxicity_mean"]["n"], CHALLENGING["sample_tokens"]
+            rows.append(report.wrap(f"here: {n:,} prompts, {tokens} tokens; {other or scorer}; --text=wikitext2"))
+            for side in ("base", "tuned"):
+                numbers = [(measures | text).get(name, {}).get(side) for name in names]
+                rows.append([f"  {side}", *map(report.format_number, names, numbers)])
+    warned = "scorers differ: another one puts other numbers on the same texts, so compare rows of one block only"
+    return report.format_table(["", "toxic", "mean", "perplexity"], rows) + "\n" + report.wrap(warned, "WARNING ")
+
+
 def check_published(config):
     """--check=NAME: measure a published model (or --base=FOLDER in its place) in fp32 against published numbers.
     Returns True if all are within their tolerance; what could not be measured fails."""

@@ -978,9 +978,9 @@ def test_n_prompts_chooses_by_seed_and_0_takes_all(run, tmp_path):
     for more in ("--n_prompts=3", "--n_prompts=3", "--seed=1", "--n_prompts=0"):
         settings = load_config("eval", [*run.flags, f"--prompts={path}", more])
         sets = evaluation.prompt_sets(evaluation.open_evaluation(settings, *evaluation.find_models(settings)))
-        chosen.append(sets["p.txt, unmarked"])
+        chosen.append(sets["p.txt, unmarked"][0])
     assert chosen[0] == chosen[1] != chosen[2] and len(chosen[0]) == 3 and len(set(chosen[3])) == 30
-    assert len(sets["prompted"]) > 3 and set(chosen[0]) <= set(chosen[3])
+    assert len(sets["prompted"][0]) > 3 and set(chosen[0]) <= set(chosen[3])
 
 
 def a_file(tmp_path, name, content=""):
