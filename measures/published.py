@@ -51,7 +51,7 @@ TOXICITY = {
         ("ProFS", "-", "0.243", "12.4"),
         ("RAD", "-", "0.213", "13.3"),
     ],
-    "Ilharco et al. 2023, arXiv 2212.04089: 1,000 generations, other prompts; Detoxify; WikiText, stride 512": [
+    "Ilharco et al. 2023, arXiv 2212.04089: 1,000 generations; Detoxify; WikiText, stride 512": [
         ("gpt2", "3.7%", "0.04", "25.2"),
         ("gpt2, minus toxic task vector", "2.5%", "0.03", "25.3"),
         ("gpt2-medium", "4.3%", "0.06", "18.5"),
