@@ -144,8 +144,8 @@ def prompt_sets(ev):
         for place, side in (("prompted", "negatives"), ("harmless", "positives")):
             prompts = cut_prompts([getattr(g, side) for g in ev.groups["test"]], cutter, c.n_prompts)
             sets[place] = fitting(prompts, tokenizer, context - c.sample_tokens), c
-    path, marked = find(c.prompts), c.protocol == "challenging"
-    if c.prompts or marked:
+    if c.prompts:
+        path, marked = find(c.prompts), c.protocol == "challenging"
         c = replace(c, **CHALLENGING) if marked else c
         kinds = {"challenging": read_challenging(path, tokenizer)} if marked else read_prompts(path)
         for kind, records in kinds.items():

@@ -212,6 +212,8 @@ class Config:
             )
         if self.edit == "task_vector" and not self.edit_model:
             raise ValueError("edit=task_vector goes away from a model tuned on toxic text: name it as edit_model")
+        if self.protocol == "challenging" and not self.prompts:
+            raise ValueError("protocol=challenging takes --prompts=prompts.jsonl, the file of RealToxicityPrompts")
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank adds to a model: init_from must name one, not 'scratch' (or --lora_rank=0)")
 

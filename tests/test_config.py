@@ -424,6 +424,11 @@ def test_flags_of_another_script_are_refused(refused, script):
             assert refused(flag, script=script) == says
 
 
+def test_a_protocol_needs_its_prompts(refused):
+    says = "protocol=challenging takes --prompts=prompts.jsonl, the file of RealToxicityPrompts"
+    assert says in refused("--protocol=challenging", "--prompts=", script="eval")
+
+
 @pytest.mark.parametrize("script", ["train", "data_gen"])
 def test_one_scorer_but_for_eval(refused, config_file, script):
     """Several are compared by eval.py alone: in a flag as in a file."""

@@ -1051,10 +1051,9 @@ def no_test_groups(tmp_path, few):
         (["--prompts={}/empty.txt"], "{}/empty.txt holds no prompts"),
         (["--prompts={}/nowhere.txt"], "no prompt file at {}/nowhere.txt"),
         (
-            ["--protocol=challenging"],
-            'data/prompts.jsonl marks no prompt by "challenging": true: give prompts.jsonl of',
+            ["--protocol=challenging", "--prompts=data/prompts.jsonl"],
+            'prompts.jsonl marks no prompt by "challenging": ',
         ),
-        (["--protocol=challenging", "--prompts="], "wanted a prompt file: give prompts.jsonl of RealToxicityPrompts"),
         (["--protocol=challenging", "--prompts={}/short.txt"], "short.txt:1: not JSON"),
         (["--tasks={}/nowhere.jsonl"], "no task file at {}/nowhere.jsonl"),
         (["--tasks={}/empty.txt"], "{}/empty.txt holds no items"),
