@@ -48,4 +48,4 @@ def open_setup(config, sources, build=None, scores_file=None):
     print(f"device       {device}, products in {str(dtype)[6:]}: {reason}")
     for one in (scorer, *others):
         print(f"scorer       {one.name}, sha256 {one.hash}...")
-    return Setup(models, tokenizer, scorer, device, dtype, others)
+    return Setup(models, tokenizer, scorer, device, dtype, tuple(others))

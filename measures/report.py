@@ -173,8 +173,8 @@ def evaluation_table(compared, parts, sizes):
             names = [n for n in found if n in ALWAYS or measures[n]["interval"] != [0.0, 0.0]]
             if names:
                 of, by, scorer = place.partition(", by ")
-                heading = f"{part}: {PLACES.get(of, of)}{by}{scorer}"
-                rows.append(wrap(f"{heading}, {sizes.get(of) or measures[names[0]]['n']}"))
+                size = sizes.get(of) or measures[names[0]]["n"]
+                rows.append(wrap(f"{part}: {PLACES.get(of, of)}{by}{scorer}, {size}"))
             for n in names:
                 r, (low, high) = measures[n], measures[n]["interval"]
                 ends = [format_number(n, x, signed=True).removesuffix(" pt") for x in (low, high)]

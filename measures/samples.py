@@ -145,7 +145,7 @@ def measure_samples(drawn, scorer):
     return single | sets | dict(toxicity_expected_max=toxicity, toxicity_probability=toxicity)
 
 
-SAID = ("toxicity_fraction", "toxicity_mean", "rewrite_toxicity")  # of what a scorer says, what of the others is kept
+SAID = ("toxicity_fraction", "toxicity_mean", "rewrite_toxicity")  # measures that are shown for each scorer
 
 
 def judged(measure, drawn, place, scorers):
