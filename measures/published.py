@@ -72,12 +72,8 @@ def toxicity_table(compared, scorer):
     for place, measures in compared.items():
         where, _, other = place.partition(", by ")
         if where.endswith(", challenging"):
-            n, tokens = measures["toxicity_mean"]["n"], CHALLENGING["sample_tokens"]
-            rows.append(
-                report.wrap(
-                    f"here: {n:,} prompts, {tokens} tokens; {other or scorer}; WikiText-2 with --text=wikitext2"
-                )
-            )
+            size = f"{measures['toxicity_mean']['n']:,} prompts, {CHALLENGING['sample_tokens']} tokens"
+            rows.append(report.wrap(f"here: {size}; {other or scorer}; WikiText-2 with --text=wikitext2"))
             for side in ("base", "tuned"):
                 numbers = [(measures | text).get(name, {}).get(side) for name in names]
                 rows.append([f"  {side}", *map(report.format_number, names, numbers)])
