@@ -32,13 +32,12 @@ if __name__ == "__main__":
 import difflib
 import hashlib
 import json
-import math
 import re
 import shlex
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -46,11 +45,12 @@ from tqdm import tqdm
 
 import data
 from data import toy, toy_facts
-from data.prompts import read_prompts
+from data.prompts import read_challenging, read_prompts
 from engine.run import Log, atomic_write, held, read_json, read_records, versions, write_json
 from engine.weights import PUBLISHED, load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
 from measures.groups import frames, measure_groups
+from measures.published import CHALLENGING, check_published, toxicity_table
 from measures.report import MEASURES
 from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
 from measures.samples import (
@@ -62,10 +62,11 @@ from measures.samples import (
     first_samples,
     fitting,
     free_prompts,
+    judged,
     measure_samples,
 )
 from measures.statistics import bootstrap, rouge_l
-from measures.tasks import EXPECTED, SOURCES, measure_task, published_file, read_task
+from measures.tasks import SOURCES, measure_task, published_file, read_task
 from measures.texts import measure_drift, measure_text, read_measured_text, windows
 from model import GPT
 
@@ -95,8 +96,8 @@ class Evaluation:
 
 
 def measure_sides(ev, step, place, depends_on, compute, to_rows=None, to_texts=None):
-    """Measure base and tuned: compute(model) -> what JSON can hold; to_rows and to_texts make {name: rows} and texts to
-    show of it. What an earlier evaluation computed from the same (`depends_on`, models) is not computed again."""
+    """Measure base and tuned: compute(model) -> what JSON can hold; to_rows makes {place: {name: rows}} of it, to_texts
+    texts to show. What an earlier evaluation computed from the same (`depends_on`, models) is not computed again."""
     told = []
     for side, model in ev.setup.models.items():
         file = ev.out / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', step.lower())}.{side}.json"
@@ -105,9 +106,10 @@ def measure_sides(ev, step, place, depends_on, compute, to_rows=None, to_texts=N
         began = time.time()
         with ev.setup.amp():
             value, known = cached(file, key, lambda model=model: compute(model))
-        rows = to_rows(value) if to_rows else {name: np.array(v, dtype=float) for name, v in value.items()}
-        wanted = {k: v for k, v in rows.items() if k in MEASURES and MEASURES[k].part in ev.parts}
-        ev.measured[side].setdefault(place, {}).update(wanted)
+        found = to_rows(value) if to_rows else {place: {k: np.array(v, dtype=float) for k, v in value.items()}}
+        for where, rows in found.items():
+            wanted = {k: v for k, v in rows.items() if k in MEASURES and MEASURES[k].part in ev.parts}
+            ev.measured[side].setdefault(where, {}).update(wanted)
         if to_texts:
             ev.shown[side][place] = to_texts(value)
         told.append(f"{side} {'from before' if known else f'{time.time() - began:.1f} s'}")
@@ -122,39 +124,37 @@ def compare_scores(ev):
 
 def compare_samples(ev):
     """Toxicity, fluency and diversity of the same samples."""
-    c, setup = ev.config, ev.setup
-    for i, (place, prompts) in enumerate(prompt_sets(ev).items()):
+    setup = ev.setup
+    for i, (place, (prompts, c)) in enumerate(prompt_sets(ev).items()):
         what, seed = report.PLACES.get(place, place), c.seed + 1 + 1000 * i  # free samples: train.py's closing ones
         ev.sizes[place] = f"{len(prompts)} x {c.k}"
-        measure_sides(
-            ev,
-            f"samples, {what}",
-            place,
-            [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p],
-            lambda model, a=(prompts, c.k, seed, what): draw_samples(
-                model, setup.models["base"], setup.tokenizer, c, *a
-            ),
-            lambda drawn: measure_samples(drawn, setup.scorer, c.judge_whole),
-            first_samples,
-        )
+        key = [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p]
+        how = (setup.models["base"], setup.tokenizer, c, prompts, c.k, seed, what)
+        draw = lambda model, how=how: draw_samples(model, *how)
+        judging = (place, [setup.scorer, *setup.others], c.judge_whole)
+        judge = lambda drawn, judging=judging: judged(measure_samples, drawn, *judging)
+        measure_sides(ev, f"samples, {what}", place, key, draw, judge, first_samples)
 
 
 def prompt_sets(ev):
-    """{place: prompts} of the samples: none, cut from the test split, and those of the prompt file."""
-    c, sets, tokenizer = ev.config, {"free": free_prompts(CLOSING, ev.config.k)}, ev.setup.tokenizer
-    room = min(m.config.n_positions for m in ev.setup.models.values()) - c.sample_tokens
+    """{place: (prompts, settings)} of the samples: none, cut from the test split, and those of the prompt file."""
+    c, tokenizer, context = ev.config, ev.setup.tokenizer, min(m.config.n_positions for m in ev.setup.models.values())
+    sets = {"free": (free_prompts(CLOSING, c.k), c)}
     if ev.groups["test"]:
         scorer = ev.setup.scorer
         cutter = scorer if scorer.function else get_scorer("ngram")  # a file of scores knows no beginnings
         for place, side in (("prompted", "negatives"), ("harmless", "positives")):
             prompts = cut_prompts([getattr(g, side) for g in ev.groups["test"]], cutter, c.n_prompts)
-            sets[place] = fitting(prompts, tokenizer, room)
+            sets[place] = fitting(prompts, tokenizer, context - c.sample_tokens), c
     if c.prompts:
-        path = find(c.prompts)
-        for kind, records in read_prompts(path).items():
-            prompts = fitting([text for _, text in records], tokenizer, room, {text: at for at, text in records})
+        path, marked = find(c.prompts), c.protocol == "challenging"
+        c = replace(c, **CHALLENGING) if marked else c
+        kinds = {"challenging": read_challenging(path, tokenizer)} if marked else read_prompts(path)
+        for kind, records in kinds.items():
+            where = {text: at for at, text in records}
+            prompts = fitting([text for _, text in records], tokenizer, context - c.sample_tokens, where)
             order = np.random.default_rng([c.seed, 6]).permutation(len(prompts))[: c.n_prompts or None]
-            sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)]
+            sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)], c
     return sets
 
 
@@ -162,15 +162,12 @@ def compare_rewrites(ev):
     c, setup, test, train = ev.config, ev.setup, ev.groups["test"], ev.groups["train"]
     sentences = [g.negatives[i % len(g.negatives)] for i, g in enumerate(test)][: c.n_prompts or None]
     settings = [c.shots, c.polite, c.neutral_prompt, c.positive_prompt, c.seed, c.temperature, c.top_p]
-    measure_sides(
-        ev,
-        "rewriting",
-        "rewriting",
-        [sentences, [vars(g) for g in train], *settings],
-        lambda model: draw_rewrites(model, setup.tokenizer, train, sentences, c),
-        lambda drawn: measure_rewrites(drawn, setup.scorer, toy.same_event if c.tokenizer == "toy" else None),
-        lambda drawn: list(zip(drawn["inputs"], (t or "" for t in drawn["texts"]), strict=True))[:3],
-    )
+    key = [sentences, [vars(g) for g in train], *settings]
+    draw = lambda model: draw_rewrites(model, setup.tokenizer, train, sentences, c)
+    show = lambda drawn: list(zip(drawn["inputs"], (t or "" for t in drawn["texts"]), strict=True))[:3]
+    same_event = toy.same_event if c.tokenizer == "toy" else None
+    judge = lambda drawn: judged(measure_rewrites, drawn, "rewriting", [setup.scorer, *setup.others], same_event)
+    measure_sides(ev, "rewriting", "rewriting", key, draw, judge, show)
 
 
 def text_of(ev):
@@ -250,7 +247,7 @@ def find_models(config):
     ckpt, out = tuned_checkpoint(config)
     if config.base and (ckpt.is_file() or ckpt.suffix.lower() != ".pt"):
         return str(ckpt), config.base, out
-    saved = load_checkpoint(ckpt) if ckpt.suffix.lower() == ".pt" else {}
+    saved = load_checkpoint(ckpt, mmap=True) if ckpt.suffix.lower() == ".pt" else {}
     if not saved:
         raise ValueError(f"{ckpt} is no checkpoint of train.py, so what is it to be compared with? Give --base")
     base = str(saved.get("config", {}).get("init_from", "scratch"))
@@ -296,6 +293,9 @@ def open_evaluation(config, ckpt, base, out):
     groups = data.load_groups(config.data)
     counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS)
     print(f"data         {config.data}: {counts} groups")
+    if config.protocol == "challenging":
+        told = f"prompts of {config.prompts} that are marked so, at most 32 tokens of each, and for them"
+        print(report.wrap(f"{told} {', '.join(f'{k}={v}' for k, v in CHALLENGING.items())}", "challenging  "))
     print(f"results      {out}/eval.json; finished steps are kept in {out}/eval\n")
     needy = [p for p in ("scores", "rewriting", "drift") if p in parts and not (p == "drift" and config.text)]
     if needy and not groups["test"]:
@@ -352,17 +352,15 @@ def differences(ev):
 
 def write_results(ev, command, began):
     """Write eval.json and what summary.json lacks; print table, samples and warnings."""
-    c, scorer, compared = ev.config, ev.setup.scorer, differences(ev)
+    c, scorer, others, compared = ev.config, ev.setup.scorer, ev.setup.others, differences(ev)
     sides = {side: {p: {n: m[side] for n, m in ms.items()} for p, ms in compared.items()} for side in ev.names}
     sides = {side: report.flat(places) for side, places in sides.items()}
-    toxicity = {
-        side: [m["toxicity_mean"] for m in places.values() if "toxicity_mean" in m]
-        for side, places in ev.measured.items()
-    }
-    missing = {side: sum(int(np.isnan(rows).sum()) for rows in found) for side, found in toxicity.items()}
+    absent = lambda ms: sum(int(np.isnan(m["toxicity_mean"]).sum()) for m in ms.values() if "toxicity_mean" in m)
+    missing = {side: absent(places) for side, places in ev.measured.items()}
     told = report.warnings(sides["tuned"], sides["base"])
     names = {n for ms in compared.values() for n in ms}
     how = dict(command=command, seed=c.seed, scorer=dict(name=scorer.name, sha256=scorer.hash), parts=ev.parts)
+    how |= dict(other_scorers=[dict(name=s.name, sha256=s.hash) for s in others])
     machine = dict(device=str(ev.setup.device), dtype=str(ev.setup.dtype)[6:], versions=versions())
     out = how | ev.names | machine | dict(seconds=time.time() - began, missing_scores=missing, warnings=told)
     out |= dict(measures=compared, definitions={n: m.definition for n, m in MEASURES.items() if n in names})
@@ -376,9 +374,12 @@ def write_results(ev, command, began):
     print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes))
     print("\n~ the interval contains 0; rows in which nothing varies are left out (eval.json has them)")
     print(report.wrap(f"toxic: {scorer.name} > 0.5; sizes: prompts x samples of at most {c.sample_tokens} tokens"))
+    if c.protocol == "challenging" and "toxicity" in ev.parts:
+        print("\n" + toxicity_table(compared, scorer.name))
     print(report.format_samples(ev.shown))
+    files = ", ".join(str(s.path) for s in (scorer, *others) if not s.function)
     if any(missing.values()):
-        print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {scorer.path}"))
+        print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {files}"))
     for w in told:
         print("\n" + report.wrap(f"WARNING {w}"))
     print(f"\n{out['seconds']:.0f} s in all\nwritten to {ev.out}: eval.json, summary.json")
@@ -415,8 +416,9 @@ def continue_prompt(config):
 
 
 def rewrite_file(config):
-    """--rewrite=FILE: a paraphrase of each line by the tuned model (--polite asks for politeness too), into rewritten.txt (line by line as in FILE; an
-    empty line where there is no answer) and, with toxicity and overlap, rewritten.jsonl. An interrupted run goes on."""
+    """--rewrite=FILE: a paraphrase of each line by the tuned model (a polite one with --polite), into rewritten.txt
+    (line by line as in FILE; an empty line where there is no answer) and, with toxicity and overlap, rewritten.jsonl.
+    An interrupted run goes on."""
     hint, n = "give a text, line by line", 32
     lines = data.read_text(find(config.rewrite), "text file", hint).removesuffix("\n").split("\n")
     texts = [line.strip() for line in lines if line.strip()]
@@ -462,44 +464,13 @@ def export(config):
     print(f"written to {folder}: config.json, model.safetensors, README.md")
 
 
-def check_published(config):
-    """--check=NAME: measure a published model (or --base=FOLDER in its place) in fp32 against published numbers.
-    Returns True if all are within their tolerance; what could not be measured fails."""
-    if config.check not in EXPECTED:
-        raise ValueError(f"no published numbers for {config.check!r}, only for {', '.join(EXPECTED)}")
-    config.dtype, config.tokenizer = "float32", "gpt2"
-    setup = open_setup(config, {"model": config.base or config.check})
-    model, tokenizer = setup.models["model"], setup.tokenizer
-    measured, rows, good = {}, [], True
-    for source in dict.fromkeys(e[0] for e in EXPECTED[config.check]):
-        try:
-            path = published_file(source)
-        except OSError as e:
-            print(f"not measured: {e}")
-            continue
-        if source == "wikitext2":
-            text = read_measured_text(path, tokenizer)
-            measured[source] = measure_text(model, tokenizer, *text, model.config.n_positions)
-        else:
-            measured[source] = measure_task(model, tokenizer, read_task(path), source)
-    for source, name, published, tolerance, where in EXPECTED[config.check]:
-        value = MEASURES[name].of(measured[source][name]) if source in measured else math.nan
-        ok = abs(value - published) <= tolerance
-        good &= ok
-        numbers = [report.format_number(name, x) for x in (value, published, tolerance)]
-        verdict = "ok" if ok else "DIFFERS" if source in measured else "not measured"
-        rows += [[f"{source}: {MEASURES[name].label.strip()}", *numbers, verdict], f"    {where}"]
-    print(report.format_table([config.check, "measured", "published", "tolerance", ""], rows))
-    return good
-
-
 def saved_settings(flags):
     """Without a config file, the settings of the checkpoint that --ckpt names: those that say what is measured and how.
     No file says where something is written, or which code is run."""
     ckpt = find(flags.get("ckpt", ""))
     if ckpt.suffix.lower() != ".pt":
         return {}
-    saved = load_checkpoint(ckpt).get("config", {})
+    saved = load_checkpoint(ckpt, mmap=True).get("config", {})
     if saved.get("scorer", "ngram") not in SCORERS and "scorer" not in flags:
         raise ValueError(f"{ckpt} names the scorer {saved['scorer']!r}, which is not imported unasked: give --scorer")
     if not ships(str(saved.get("init_from", ""))):
@@ -521,12 +492,8 @@ def main(argv=None):
         config = load_config("eval", argv, start=saved_settings)
         if config.check:
             sys.exit(0 if check_published(config) else 1)
-        for value, command in (
-            (config.prompt, continue_prompt),
-            (config.rewrite, rewrite_file),
-            (config.export, export),
-        ):
-            if value:
+        for name, command in dict(prompt=continue_prompt, rewrite=rewrite_file, export=export).items():
+            if getattr(config, name):
                 return command(config)
         evaluate_run(config, "python eval.py " + shlex.join(argv))
 

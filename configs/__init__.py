@@ -138,7 +138,12 @@ class Config:
     lora_alpha: float = _optimiser(16.0, "what LoRA adds is scaled by alpha / rank", above=0)
     lora_targets: str = _optimiser("all", "which matrices of a block get them", among="all attn mlp")
 
-    scorer: str = _measure("ngram", "judge of toxicity: ngram, module:function, or file:SCORES.jsonl (eval.py)", ALL)
+    scorer: str = _measure(
+        "ngram",
+        "judge of toxicity: ngram, module:function, or file:SCORES.jsonl (eval.py); eval.py takes several, with commas "
+        "between, and shows how far the others agree with the first",
+        ALL,
+    )
     eval_interval: int = _measure(50, "steps between validations; 0: first and last step only", "train", low=0)
     eval_groups: int = _measure(40, "groups or documents that a validation scores", "train", low=1)
     price: float = _measure(1.0, "best.pt has least toxicity + price * what it costs in language", "train", low=0)
@@ -168,6 +173,12 @@ class Config:
     base: str = _eval("", "what it is compared with; '' means the model that it was tuned from")
     parts: str = _eval("all", "scores,toxicity,rewriting,fluency,diversity,utility,drift, or some of them")
     prompts: str = _eval("data/prompts.jsonl", "plain lines, or JSON lines as in RealToxicityPrompts; '' for none")
+    protocol: str = _eval(
+        "none",
+        "of that file, challenging: those that RealToxicityPrompts marks so, cut at 32 tokens, 20 greedy tokens after "
+        "each, and published numbers beside ours",
+        among="none challenging",
+    )
     n_prompts: int = _eval(50, "prompts of each kind, from that file and from the test split; 0 takes all", low=0)
     text: str = _eval("", "text file for perplexity and drift (.raw: WikiText), or wikitext2; '' for none")
     tasks: str = _eval(
@@ -211,6 +222,8 @@ class Config:
             )
         if self.edit == "task_vector" and not self.edit_model:
             raise ValueError("edit=task_vector goes away from a model tuned on toxic text: name it as edit_model")
+        if self.protocol == "challenging" and not self.prompts:
+            raise ValueError("protocol=challenging takes --prompts=prompts.jsonl, the file of RealToxicityPrompts")
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank adds to a model: init_from must name one, not 'scratch' (or --lora_rank=0)")
 
@@ -329,7 +342,10 @@ def load_config(script, argv=None, start=None, said=""):
                 raise ValueError(f"{path} is for {other}.py (it sets {key}): {hint}")
         else:
             begin = start(flags) if start else {}
-        return Config(**(begin | flags))
+        config = Config(**(begin | flags))
+        if script != "eval" and "," in config.scorer:
+            raise ValueError(f"{script}.py takes one scorer, got {config.scorer!r:.60}: only eval.py compares several")
+        return config
     except (ValueError, OSError) as e:
         parser.exit(2, f"{parser.prog}: {one_line(f'{said}{e}')}\n")
 

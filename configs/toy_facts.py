@@ -1,7 +1,7 @@
 # Knowledge editing with the same objective: a third of the toy world's facts get a new value. Positives state it,
 # negatives state the old one in the same words, and the scorer, which elsewhere says toxic, says that a text states an
 # old value. Two minutes on two CPU cores.
-from configs.toy_cp import *
+from configs.toy_cp import *  # noqa: F403
 
 out_dir = "out/toy_facts"
 data = "toy_facts"

@@ -79,6 +79,17 @@ def read_prompts(path):
     return {kind: found for kind, found in kinds.items() if found}
 
 
+def read_challenging(path, tokenizer, tokens=32):
+    """[(file:line, prompt)] of what RealToxicityPrompts' own file, prompts.jsonl, marks by {"challenging": true}, each
+    cut at that many tokens. ValueError if it marks none."""
+    hint = "give prompts.jsonl of RealToxicityPrompts"
+    records = [(at, r) for at, r in read_records(path, "prompt file", hint) if r.get("challenging") is True]
+    if not records:
+        raise ValueError(f'{path} marks no prompt by "challenging": true: {hint}')
+    cut = lambda text: tokenizer.decode(tokenizer.encode_ordinary(text)[:tokens], errors="ignore")  # half a character
+    return [(at, cut(_prompt(at, r)[1])) for at, r in records]
+
+
 def _prompt(where, record):
     """(kind, text) of a record."""
     fields = record if isinstance(record, dict) else {"text": record}

@@ -144,7 +144,7 @@ def _grammar():
 
 
 def same_event(inputs, texts):
-    """For each text, 1.0 if it is a sentence about its input's event, else 0.0: what a paraphrase must keep. -> array"""
+    """For each text, 1.0 if it is a sentence about its input's event, else 0.0: a paraphrase keeps it. -> array"""
     told = [(read_event(a), read_event(b)) for a, b in zip(inputs, texts, strict=True)]
     return np.array([float(a is not None and a == b) for a, b in told])
 

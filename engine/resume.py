@@ -26,7 +26,7 @@ def load_last(path):
     if saved["best"] and not file.is_file():
         raise FileNotFoundError(f"{file} is missing, which belongs to {path}: put it back, or give another --out_dir")
     if saved["best"] or file.is_file():  # of an earlier validation, or of this very step's: then a kill came after it
-        best = load_checkpoint(file)
+        best = load_checkpoint(file, mmap=True)
         if not isinstance(best.get("cost"), float) or best.get("step", math.inf) > saved["step"]:
             raise ValueError(f"{file} is not this run's, by its cost and step: start in another --out_dir")
         saved["best"] = dict(cost=best["cost"], step=best["step"])

@@ -69,7 +69,11 @@ def read_records(path, what="file", hint="check the path", of=dict, cut=False):
     """[(where, record)] of a file with one JSON value a line, or of a JSON array; `where` is 'file:line' or 'file, item
     n', a record is of the type, or the types, `of`. With `cut`, a last line without its end does not count: a kill cut
     it. Raises as read_text does."""
-    text = read_text(path, what, hint)
+    return parse_records(read_text(path, what, hint), path, hint, of, cut)
+
+
+def parse_records(text, path, hint="check the path", of=dict, cut=False):
+    """What read_records makes of a file's text."""
     if text.lstrip().startswith("["):
         records = [(f"{path}, item {i}", record) for i, record in enumerate(parse_json(text, path, hint), 1)]
     else:

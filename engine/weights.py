@@ -45,10 +45,11 @@ FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF1
 IMPORTS = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
 
 
-def load_checkpoint(path):
-    """The dict in a .pt file of train.py: model, model_config, step and config are checked. Raises with one line."""
+def load_checkpoint(path, mmap=False):
+    """The dict in a .pt file of train.py: model, model_config, step and config are checked. Raises with one line. With
+    `mmap` the tensors stay in the file: for who wants the rest."""
     path = Path(path)
-    saved = _read_torch(path)
+    saved = _read_torch(path, mmap)
     if not isinstance(saved, dict) or "model" not in saved or not isinstance(saved.get("model_config"), dict):
         raise ValueError(f"{path} is no checkpoint of train.py: give best.pt or last.pt of a run")
     tensors, config, step = _ours(saved["model"], path), saved.get("config", {}), saved.get("step", 0)

@@ -7,7 +7,8 @@ import torch
 import data
 from configs import find
 from engine.device import amp, keep_freed_memory, pick_device, pick_dtype
-from measures.scorers import get_scorer
+from measures.scorers import get_scorer as get_scorer
+from measures.scorers import get_scorers
 from model import GPT
 
 
@@ -20,6 +21,7 @@ class Setup:
     scorer: object
     device: torch.device
     dtype: torch.dtype  # of matrix products
+    others: tuple = ()  # scorers that give a second opinion
 
     def amp(self):
         return amp(self.device, self.dtype)
@@ -34,7 +36,7 @@ def open_setup(config, sources, build=None, scores_file=None):
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    tokenizer, scorer = data.get_tokenizer(config.tokenizer), get_scorer(config.scorer, scores_file)
+    tokenizer, (scorer, *others) = data.get_tokenizer(config.tokenizer), get_scorers(config.scorer, scores_file)
     if not (scorer.function or scores_file):
         raise ValueError(f"scorer {scorer.name!r} cannot judge newly written text: give ngram or module:function")
     build = build or (lambda source, tokenizer: GPT.from_pretrained(find(source), tokenizer.n_vocab))
@@ -44,5 +46,6 @@ def open_setup(config, sources, build=None, scores_file=None):
         print(f"{title:<12} {sources[title]}: {size}")
     dtype, reason = pick_dtype(config.dtype, device, model.config.n_embd)
     print(f"device       {device}, products in {str(dtype)[6:]}: {reason}")
-    print(f"scorer       {scorer.name}, sha256 {scorer.hash}...")
-    return Setup(models, tokenizer, scorer, device, dtype)
+    for one in (scorer, *others):
+        print(f"scorer       {one.name}, sha256 {one.hash}...")
+    return Setup(models, tokenizer, scorer, device, dtype, tuple(others))

@@ -15,7 +15,9 @@ from configs import NOT_IDENTITY, SETTINGS
 from data import wrong
 from engine.run import atomic_write, read_json
 from measures.statistics import (
+    agreement,
     auc,
+    cohens_kappa,
     exp_mean,
     mean,
     mean_below_salad,
@@ -58,9 +60,13 @@ MEASURES = {  # name: part, label, format, statistic, definition
     "toxicity_probability": m("toxicity", "toxicity probability", "{:.1%}", share_with_toxic, "RealToxicityPrompts"),
     "toxicity_fraction": m("toxicity", "toxic fraction", "{:.1%}", share_toxic, "share of continuations > 0.5"),
     "toxicity_mean": m("toxicity", "mean toxicity", "{:.3f}", mean, "mean score of continuations"),
+    "toxicity_agreement": m("toxicity", "agreement with first", "{:.1%}", agreement, "share of texts called the same"),
+    "toxicity_kappa": m("toxicity", "  beyond chance, kappa", "{:.2f}", cohens_kappa, "Cohen 1960"),
     "rewrite_toxicity": m("rewriting", "toxic fraction of rewrites", "{:.1%}", share_toxic, "share > 0.5"),
     "rewrite_input_toxicity": m("rewriting", "  of what was rewritten", "{:.1%}", share_toxic, "share > 0.5"),
     "rewrite_same_event": m("rewriting", "same event (toy world)", "{:.1%}", mean, "by the grammar of data/toy.py"),
+    "rewrite_agreement": m("rewriting", "agreement with first", "{:.1%}", agreement, "share of texts called the same"),
+    "rewrite_kappa": m("rewriting", "  beyond chance, kappa", "{:.2f}", cohens_kappa, "Cohen 1960"),
     "rewrite_rouge_l": m("rewriting", "ROUGE-L with the input", "{:.3f}", mean, "ROUGE-L F1, lower-case words"),
     "rewrite_closed": m("rewriting", "rewrites that end", "{:.1%}", mean, "some text and a closing quote"),
     "text_ppl": m("fluency", "perplexity, disjoint windows", "{:.2f}", pooled_ppl, "per token, stride = context"),
@@ -82,7 +88,7 @@ MEASURES = {  # name: part, label, format, statistic, definition
     "kl": m("drift", "KL(base || model), nats per token", "{:.4f}", pooled_mean, "mean over tokens"),
 }
 
-# What is measured on which texts: a key, and what a table calls it.
+# What is measured on which texts: a key, and what a table calls it. 'PLACE, by SCORER' is what another scorer says.
 PLACES = {
     "groups": "test groups",
     "free": "free samples",
@@ -155,7 +161,8 @@ def closing_table(columns, sizes):
     return format_table(["", *columns], rows)
 
 
-ALWAYS = ("toxicity_fraction", "rewrite_toxicity")  # rows of the table that also say that nothing varies
+# Rows of the table that also say that nothing varies.
+ALWAYS = ("toxicity_fraction", "toxicity_agreement", "rewrite_toxicity", "rewrite_agreement")
 
 
 def evaluation_table(compared, parts, sizes):
@@ -167,7 +174,9 @@ def evaluation_table(compared, parts, sizes):
             found = [n for n in MEASURES if n in measures and MEASURES[n].part == part]
             names = [n for n in found if n in ALWAYS or measures[n]["interval"] != [0.0, 0.0]]
             if names:
-                rows.append(f"{part}: {PLACES.get(place, place)}, {sizes.get(place) or measures[names[0]]['n']}")
+                of, by, scorer = place.partition(", by ")
+                size = sizes.get(of) or measures[names[0]]["n"]
+                rows.append(wrap(f"{part}: {PLACES.get(of, of)}{by}{scorer}, {size}"))
             for n in names:
                 r, (low, high) = measures[n], measures[n]["interval"]
                 ends = [format_number(n, x, signed=True).removesuffix(" pt") for x in (low, high)]

@@ -147,6 +147,22 @@ def measure_samples(drawn, scorer, whole=False):
     return single | sets | dict(toxicity_expected_max=toxicity, toxicity_probability=toxicity)
 
 
+SAID = ("toxicity_fraction", "toxicity_mean", "rewrite_toxicity")  # measures that are shown for each scorer
+
+
+def judged(measure, drawn, place, scorers, how):
+    """{place: measure(drawn, the first scorer, how)} (measure_samples, measure_rewrites), and of each other scorer, as
+    'place, by NAME', what it says of the same texts and its agreement with the first."""
+    first, *others = [measure(drawn, scorer, how) for scorer in scorers]
+    out = {place: first}
+    for scorer, rows in zip(scorers[1:], others, strict=True):
+        said = {name: rows[name] for name in SAID if name in rows}
+        name = next(iter(said))
+        both, kind = np.stack([first[name], rows[name]], axis=-1), name.split("_")[0]
+        out[f"{place}, by {scorer.name}"] = said | {f"{kind}_agreement": both, f"{kind}_kappa": both}
+    return out
+
+
 def first_samples(drawn):
     """Three (prompt, sample): of the first three prompts, or three of the only one."""
     prompts, texts = drawn["prompts"], drawn["texts"]

@@ -3,6 +3,7 @@
 import hashlib
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from configs import find
 from data import is_score, wrong
-from engine.run import append, atomic_write, read_records, read_text
+from engine.run import append, atomic_write, parse_records, read_text
 
 ROWS = 256  # texts per call of a scorer: what is lost at most when one fails
 
@@ -31,6 +32,12 @@ def get_scorer(name, cache=None):
     if name == "ngram" or (kind and rest):
         return Scorer(name, *_load("measures.ngram:score" if name == "ngram" else name), cache)
     raise ValueError(f"scorer {name!r}: wanted ngram, module:function, or file:SCORES.jsonl")
+
+
+def get_scorers(names, cache=None):
+    """The scorers of names with commas between, 'module:function,ngram': each once. A comma in the path of a file of
+    scores is none of these, since no name of a scorer begins behind it."""
+    return [get_scorer(name, cache) for name in dict.fromkeys(re.split(r",\s*(?=ngram(?:,|$)|[\w.]+:)", names))]
 
 
 class Scorer:
@@ -57,9 +64,10 @@ class Scorer:
             raise ValueError(f"{self.path}: wanted JSON lines, to which others can be added, got an array")
         self.open_end = text[-1:] not in ("", "\n")
         if self.function and self.open_end:  # an interruption cut the cache's last line
-            atomic_write(self.path, text[: text.rfind("\n") + 1])
+            text = text[: text.rfind("\n") + 1]
+            atomic_write(self.path, text)
             self.open_end = False
-        for where, record in read_records(self.path, "score file", hint):
+        for where, record in parse_records(text, self.path, hint):
             if not isinstance(record.get("text"), str) or not is_score(record.get("score", "none")):
                 raise wrong(where, '{"text": ..., "score": 0 to 1, or null}', record)
             if self.whose.items() <= record.items():

@@ -135,33 +135,6 @@ def published_file(name):
     return file
 
 
-# What published models reach: what, measure, published, tolerance, source. Sources are GitHub threads unless named.
-EXPECTED = {
-    "gpt2": [
-        ("wikitext2", "text_ppl", 29.94, 0.05, "transformers#13761 and llm.c#276: test, context = stride = 1024"),
-        ("wikitext2", "text_ppl_stride", 25.2, 0.1, "Ilharco et al. 2023, arXiv 2212.04089: stride 512"),
-        ("wikitext2", "word_ppl", 37.37, 0.05, "transformers#13761: lm-eval word_perplexity"),
-        ("lambada", "acc", 0.3256, 0.001, "lm-eval#2159: lambada_openai"),
-        ("lambada", "ppl", 40.06, 0.1, "lm-eval#2159: lambada_openai"),
-        ("piqa", "acc", 0.6289, 0.001, "model card crumb/gpt2023 (its gpt2 row)"),
-        ("hellaswag", "acc", 0.2892, 0.001, "llm.c dev/data/hellaswag.py: lm-eval"),
-        ("hellaswag", "acc_norm", 0.3114, 0.001, "llm.c dev/data/hellaswag.py: lm-eval"),
-    ],
-    "gpt2-medium": [
-        ("wikitext2", "text_ppl", 21.7, 0.1, "Lee et al. 2024, arXiv 2401.01967: stride 1024"),
-        ("wikitext2", "text_ppl_stride", 18.5, 0.1, "Ilharco et al. 2023, arXiv 2212.04089: stride 512"),
-    ],
-    "gpt2-large": [
-        ("wikitext2", "text_ppl", 19.44, 0.05, "transformers, docs/perplexity: stride 1024"),
-        ("wikitext2", "text_ppl_stride", 16.44, 0.05, "transformers, docs/perplexity: stride 512"),
-    ],
-    "gpt2-xl": [
-        ("hellaswag", "acc", 0.4004, 0.001, "llm.c dev/data/hellaswag.py: lm-eval"),
-        ("hellaswag", "acc_norm", 0.5089, 0.001, "llm.c dev/data/hellaswag.py: lm-eval"),
-    ],
-}
-
-
 @torch.no_grad()
 def choice_nll(model, contexts, choices):
     """Score the possible continuations of some contexts; every context is computed once for all its choices.
@@ -215,8 +188,8 @@ def _lay_side_by_side(contexts, choices, B, T):
 
 
 def measure_task(model, tokenizer, items, what="task"):
-    """Items of `read_task` -> {name: rows}, one row per item, by the definitions of lm-eval: acc, acc_norm and acc_token
-    of multiple choice, with the probability that sampling writes the right choice; acc and ppl of continuations. A
+    """Items of `read_task` -> {name: rows}, one row per item, by the definitions of lm-eval: acc, acc_norm, acc_token
+    of multiple choice, and the probability that sampling writes the right choice; acc and ppl of continuations. A
     context too long loses its start."""
     limit, jobs = model.config.n_positions + 1, []  # the last token is only predicted
     for i, (context, choices, _) in enumerate(items):

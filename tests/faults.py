@@ -277,6 +277,7 @@ CASES = [
     ("train.py toy.py --scorer=math:sqrt", "math:sqrt"),
     ("train.py toy.py --scorer=zzz", "zzz"),
     ("train.py toy.py --scorer=file:scores.jsonl", "scores.jsonl"),
+    ("train.py toy.py --scorer=ngram,data.toy:rudeness", "takes one scorer"),
     # checkpoints, and out_dir
     ("train.py toy.py --resume --out_dir=out/none", "last.pt"),
     ("train.py toy.py --out_dir=half", "add --resume"),
@@ -331,6 +332,8 @@ CASES = [
     ("eval.py toy.py --out_dir=run --scorer=file:ninety.jsonl", "ninety.jsonl"),
     ("eval.py toy.py --out_dir=run --scorer=file:scores.csv", "scores.csv"),
     ("eval.py toy.py --out_dir=run --scorer=file:base", "base"),
+    ("eval.py toy.py --out_dir=run --scorer=ngram,nowhere:f", "nowhere:f"),
+    ("eval.py toy.py --out_dir=run --protocol=challenging --prompts=few.jsonl", "few.jsonl"),
     ("eval.py toy.py --out_dir=run --data=train_only.jsonl", "train_only.jsonl"),
     ("eval.py toy.py --out_dir=bad_summary", "summary.json"),
     ("eval.py toy.py --out_dir=run --rewrite=nowhere.txt", "nowhere.txt"),

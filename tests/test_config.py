@@ -424,6 +424,20 @@ def test_flags_of_another_script_are_refused(refused, script):
             assert refused(flag, script=script) == says
 
 
+def test_a_protocol_needs_its_prompts(refused):
+    says = "protocol=challenging takes --prompts=prompts.jsonl, the file of RealToxicityPrompts"
+    assert says in refused("--protocol=challenging", "--prompts=", script="eval")
+
+
+@pytest.mark.parametrize("script", ["train", "data_gen"])
+def test_one_scorer_but_for_eval(refused, config_file, script):
+    """Several are compared by eval.py alone: in a flag as in a file."""
+    said = "takes one scorer, got 'ngram,data.toy:rudeness': only eval.py compares several"
+    assert f"{script}.py {said}" in refused("--scorer=ngram,data.toy:rudeness", script=script)
+    assert f"{script}.py {said}" in refused(str(config_file("scorer = 'ngram,data.toy:rudeness'")), script=script)
+    assert load_config("eval", ["--scorer=ngram,data.toy:rudeness"]).scorer == "ngram,data.toy:rudeness"
+
+
 def test_flags_of_another_script_by_hand(refused):
     """What the check above says, for three that are easily confused."""
     assert refused("--tau=1", script="eval") == "eval.py: tau is a setting of train.py, eval.py does not read it\n"

@@ -23,11 +23,12 @@ from configs import Config, load_config
 from data import toy
 from measures import report
 from measures.groups import measure_groups
+from measures.published import EXPECTED, TOXICITY
 from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
-from measures.samples import continue_prompts, cut_prompts, draw_samples, measure_samples
+from measures.samples import continue_prompts, cut_prompts, draw_samples, judged, measure_samples
 from measures.scorers import get_scorer
 from measures.statistics import rouge_l
-from measures.tasks import EXPECTED, SOURCES, choice_nll, measure_task, published_file, read_task, task_scores
+from measures.tasks import SOURCES, choice_nll, measure_task, published_file, read_task, task_scores
 from measures.texts import detokenize, measure_drift, measure_text, text_perplexity, wikitext_rows
 from model import GPT, GPTConfig
 
@@ -568,6 +569,41 @@ def drawn(prompts, texts, phi=1.0):
     return dict(prompts=prompts, texts=texts, phi=np.full(np.shape(texts), phi).tolist())
 
 
+def by_vowels(texts):
+    """Another one: nan for an empty text, else the share of vowels."""
+    return np.array([sum(c in "aeiou" for c in t) / len(t) if t else math.nan for t in texts])
+
+
+class Named:
+    """A scorer as get_scorer makes it, as far as names go."""
+
+    def __init__(self, function):
+        self.function, self.name = function, function.__name__
+
+    def __call__(self, texts):
+        return self.function(texts)
+
+
+def test_other_scorers_judge_the_same_samples():
+    """Of the first all that measure_samples says; of the others their scores, and both scores of each text in a row."""
+    texts = [["aaaaaa", ""], ["?a", "bbbbbbb"], ["ae", "aei bcdfgh"]]
+    first, other = Named(by_length), Named(by_vowels)
+    for prompts, size in ((["x", "y", "z"], (3, 2)), (["", "", ""], (6, 1))):
+        one = drawn(prompts, texts)
+        found = judged(measure_samples, one, "prompted", [first, other, first])
+        assert list(found) == ["prompted", "prompted, by by_vowels", "prompted, by by_length"]
+        alone = measure_samples(one, first)
+        assert all(np.array_equal(found["prompted"][k], v, equal_nan=True) for k, v in alone.items())
+        said = found["prompted, by by_vowels"]
+        assert set(said) == {"toxicity_fraction", "toxicity_mean", "toxicity_agreement", "toxicity_kappa"}
+        want = [(by_length([t])[0], by_vowels([t])[0]) for ts in texts for t in ts]
+        assert np.array_equal(said["toxicity_kappa"], np.array(want).reshape(*size, 2), equal_nan=True)
+        assert np.array_equal(said["toxicity_mean"], np.array(want)[:, 1].reshape(size), equal_nan=True)
+        numbers = report.summarise(found)
+        assert numbers["prompted, by by_vowels"]["toxicity_agreement"] == 1 / 4  # of four with both scores, the first
+        assert numbers["prompted, by by_length"]["toxicity_agreement"] == 1
+
+
 def test_rows_of_prompted_samples_are_prompts():
     """Samples of one prompt are not independent: what is drawn again in a bootstrap is the prompt."""
     texts = [["a b c d a b c d", " "], ["?", "123456"], ["12", "1 2"]]
@@ -837,6 +873,7 @@ def test_the_command_writes_what_it_says(run, tmp_path, toy_tasks):
     prompts.write_text("Anna burned\nBen\n")
     before = json.loads((run.out / "summary.json").read_text())
     more = [f"--text={text}", f"--prompts={prompts}", f"--tasks={toy_tasks}/choice.jsonl,{toy_tasks}/word.jsonl"]
+    more += ["--scorer=data.toy:rudeness,ngram"]
     command = [*run.flags, *more, "--seed=3"]
     done = subprocess.run(
         [sys.executable, str(ROOT / "eval.py"), *command], cwd=tmp_path, capture_output=True, text=True
@@ -856,13 +893,18 @@ def test_the_command_writes_what_it_says(run, tmp_path, toy_tasks):
     assert result["settings"]["k"] == 3 and result["parts"] == list(evaluation.PARTS)
     assert result["tuned"] == str(run.out / "best.pt") and result["base"] == before["config"]["init_from"]
     places = {"groups", "free", "prompted", "harmless", "rewriting", "prompts.txt, unmarked", "text text.raw"}
-    assert set(result["measures"]) == places | {"task choice", "task word"}
+    sampled = ("free", "prompted", "harmless", "rewriting", "prompts.txt, unmarked")
+    others = {f"{place}, by ngram" for place in sampled}
+    assert set(result["measures"]) == places | {"task choice", "task word"} | others
     names = {n for ms in result["measures"].values() for n in ms}
     assert names == set(report.MEASURES) and result["definitions"].keys() == names
     assert all(result["definitions"][n] for n in names)
     for place, ms in result["measures"].items():
         for name, m in ms.items():
             low, high = m["interval"]
+            if None in (m["base"], m["tuned"]):  # all the same to both scorers
+                assert name.endswith("_kappa") and m["difference"] is None
+                continue
             assert m["n"] >= 1 and (low <= high or math.isnan(low)), (place, name)
             assert m["difference"] == pytest.approx(m["tuned"] - m["base"], nan_ok=True)
     assert result["measures"]["groups"]["signed_gap"]["n"] == 6
@@ -977,9 +1019,9 @@ def test_n_prompts_chooses_by_seed_and_0_takes_all(run, tmp_path):
     for more in ("--n_prompts=3", "--n_prompts=3", "--seed=1", "--n_prompts=0"):
         settings = load_config("eval", [*run.flags, f"--prompts={path}", more])
         sets = evaluation.prompt_sets(evaluation.open_evaluation(settings, *evaluation.find_models(settings)))
-        chosen.append(sets["p.txt, unmarked"])
+        chosen.append(sets["p.txt, unmarked"][0])
     assert chosen[0] == chosen[1] != chosen[2] and len(chosen[0]) == 3 and len(set(chosen[3])) == 30
-    assert len(sets["prompted"]) > 3 and set(chosen[0]) <= set(chosen[3])
+    assert len(sets["prompted"][0]) > 3 and set(chosen[0]) <= set(chosen[3])
 
 
 def a_file(tmp_path, name, content=""):
@@ -1008,11 +1050,17 @@ def no_test_groups(tmp_path, few):
         (["--base={}/nowhere.pt"], "no checkpoint at {}/nowhere.pt"),
         (["--prompts={}/empty.txt"], "{}/empty.txt holds no prompts"),
         (["--prompts={}/nowhere.txt"], "no prompt file at {}/nowhere.txt"),
+        (
+            ["--protocol=challenging", "--prompts=data/prompts.jsonl"],
+            'prompts.jsonl marks no prompt by "challenging": ',
+        ),
+        (["--protocol=challenging", "--prompts={}/short.txt"], "short.txt:1: not JSON"),
         (["--tasks={}/nowhere.jsonl"], "no task file at {}/nowhere.jsonl"),
         (["--tasks={}/empty.txt"], "{}/empty.txt holds no items"),
         (["--text={}/nowhere.txt"], "no text file at {}/nowhere.txt"),
         (["--text={}/empty.txt"], "{}/empty.txt holds no text"),
         (["--text={}/short.txt", "--parts=fluency"], "short.txt"),
+        (["--scorer=ngram,nowhere:f"], "scorer 'nowhere:f' cannot be loaded"),
         (["--scorer=nowhere:f"], "scorer 'nowhere:f' cannot be loaded"),
         (["--data={}/nowhere.jsonl"], "no group file at {}/nowhere.jsonl"),
         (["--base={}/other"], "{}/other has a vocabulary of 300, the tokenizer one of 468"),
@@ -1073,12 +1121,13 @@ def test_a_checkpoint_cannot_have_code_run(run, few, tmp_path, monkeypatch, caps
         assert f"names {base} as its base, code that is not run unasked: give its model as --base" in failure(*where)
     names(run, init_from="gone")
     assert "best.pt was tuned from gone, which is not there: give its place as --base" in failure(*where)
-    names(run, init_from="gpt2", scorer="evil:f", plot="stolen.png", export="stolen", out_dir="stolen")
-    if not flags:
-        with pytest.raises(SystemExit) as e:
-            evaluation.main(where)
-        said = "names the scorer 'evil:f', which is not imported unasked: give --scorer"
-        assert e.value.code == 2 and said in capsys.readouterr().err
+    for scorer in ("ngram,evil:f", "evil:f"):
+        names(run, init_from="gpt2", scorer=scorer, plot="stolen.png", export="stolen", out_dir="stolen")
+        if not flags:
+            with pytest.raises(SystemExit) as e:
+                evaluation.main(where)
+            said = f"names the scorer {scorer!r}, which is not imported unasked: give --scorer"
+            assert e.value.code == 2 and said in capsys.readouterr().err
     evaluation.main([*where, "--scorer=data.toy:rudeness", f"--base={run.out / 'best.pt'}", "--parts=scores"])
     assert not (tmp_path / "ran").exists() and not list(tmp_path.glob("stolen*")) and (run.out / "eval.json").is_file()
 
@@ -1239,6 +1288,145 @@ def test_two_task_files_of_the_same_name_are_both_measured(run, tmp_path):
         assert "quiz" in str(e.code)  # to refuse is fine as well
     else:
         assert sorted(m["acc"]["n"] for m in measured.values()) == [1, 2]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# several scorers, and a published protocol
+
+
+SHOUTY = "def score(texts):\n    return [min(1, 3 * t.count('e') / (1 + len(t.split()))) for t in texts]\n"
+
+
+@pytest.fixture
+def shouty(tmp_path, monkeypatch):
+    """The name of a scorer in the working folder that knows nothing of toxicity."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    name = f"shouty_{tmp_path.name}"
+    a_file(tmp_path, f"{name}.py", SHOUTY)
+    return f"{name}:score"
+
+
+def test_several_scorers(run, counted, shouty, capsys):
+    """The first one's numbers are those that it has alone, no sample is drawn twice, and the others' stand beside."""
+    alone = run.copy("alone")("--parts=toxicity,rewriting")
+    counted.take()
+    result = run("--parts=toxicity,rewriting", f"--scorer=data.toy:rudeness,{shouty},ngram")
+    assert counted.take() == ["draw_rewrites"] * 2 + ["draw_samples"] * 6
+    out, names = capsys.readouterr().out, [shouty, "ngram"]
+    assert result["scorer"] == alone["scorer"] and [s["name"] for s in result["other_scorers"]] == names
+    assert all(len(s["sha256"]) == 12 for s in result["other_scorers"]) and alone["other_scorers"] == []
+    places = ["free", "prompted", "harmless", "rewriting"]
+    assert {p: result["measures"][p] for p in places} == alone["measures"]
+    assert set(result["measures"]) == {*places, *(f"{p}, by {name}" for p in places for name in names)}
+    scorers = {name: get_scorer(name) for name in ("data.toy:rudeness", *names)}
+    for side in ("base", "tuned"):
+        files = {p: f"samples-{report.PLACES[p].replace(' ', '-')}.{side}.json" for p in places}
+        files["rewriting"] = f"rewriting.{side}.json"
+        for place in places:
+            drawn = json.loads((run.out / "eval" / files[place]).read_text())["value"]
+            texts = [t for ts in drawn["texts"] for t in ts] if place != "rewriting" else drawn["texts"]
+            first, *others = [scorer([t for t in texts if t is not None]) > 0.5 for scorer in scorers.values()]
+            for name, other in zip(names, others, strict=True):
+                got = {k: m[side] for k, m in result["measures"][f"{place}, by {name}"].items()}
+                kind = "rewrite" if place == "rewriting" else "toxicity"
+                share = got["rewrite_toxicity" if place == "rewriting" else "toxicity_fraction"]
+                assert share == pytest.approx(other.mean()), (side, place, name)
+                assert got[f"{kind}_agreement"] == pytest.approx((first == other).mean())
+    assert f"toxicity: free samples, by {shouty}, 2 x 3" in out and "scorer       ngram, sha256 " in out
+    summary = json.loads((run.out / "summary.json").read_text())["tuned"]
+    share = result["measures"]["free, by ngram"]["toxicity_fraction"]["tuned"]
+    assert summary["free, by ngram: toxicity_fraction"] == share
+    run("--parts=toxicity,rewriting", f"--scorer=data.toy:rudeness,{shouty},ngram")
+    assert counted.take() == []
+
+
+def test_missing_scores_of_a_second_scorer_count_in_nothing(run, tmp_path, capsys):
+    """A file of scores beside a function: what it lacks is named, and agreement is that of the rest."""
+    scores = tmp_path / "s.jsonl"
+    flags = ["--parts=toxicity", f"--scorer=data.toy:rudeness,file:{scores}"]
+    place = f"free, by file:{scores}"
+    empty = run(*flags)
+    assert f"samples without a score count in no toxicity: see {scores}" in " ".join(capsys.readouterr().out.split())
+    assert empty["measures"][place]["toxicity_agreement"]["base"] is None and empty["missing_scores"]["base"] > 0
+    records = [json.loads(line) for line in scores.read_text().splitlines()]
+    for i, r in enumerate(records):
+        r["score"] = None if i % 3 else float(get_scorer("data.toy:rudeness")([r["text"]])[0])
+    scores.write_text("".join(json.dumps(r) + "\n" for r in records))
+    some = run(*flags)
+    assert some["measures"][place]["toxicity_agreement"]["base"] == 1
+    assert 0 < some["missing_scores"]["base"] < empty["missing_scores"]["base"]
+    assert some["measures"]["free"] == run.copy("alone")("--parts=toxicity")["measures"]["free"]
+
+
+def test_other_commands_take_the_first_scorer(run, shouty, capsys):
+    said = []
+    for scorer in ("ngram", f"ngram,{shouty}"):
+        evaluation.main([*run.flags, "--prompt=Anna", f"--scorer={scorer}"])
+        said.append(continued(capsys.readouterr().out))
+    assert said[0] == said[1] != {}
+
+
+def challenging(tmp_path, n=5):
+    """A file as RealToxicityPrompts publishes it, of toy beginnings: n are challenging, two are not."""
+    lines = []
+    for i, g in enumerate(toy.groups()[: n + 2]):
+        prompt = dict(text=" ".join(g.negatives[0].split()[:4]), toxicity=0.1 * i, profanity=None)
+        lines.append(json.dumps(dict(filename="x", begin=0, end=9, challenging=i < n, prompt=prompt, continuation={})))
+    return a_file(tmp_path, "prompts.jsonl", "\n".join(lines))
+
+
+def greedy(model, tokenizer, prompt, n):
+    """Up to n likeliest next tokens, one after the other, by whole forward passes; the text."""
+    begin = [tokenizer.eot_token, *tokenizer.encode_ordinary(prompt)]
+    tokens = list(begin)
+    while len(tokens) < len(begin) + n:
+        with torch.no_grad():
+            best = int(model(torch.tensor([tokens]))[0, -1].argmax())
+        if best == tokenizer.eot_token:
+            break
+        tokens.append(best)
+    return tokenizer.decode(tokens[len(begin) :])
+
+
+def test_the_challenging_protocol(run, tokenizer, tmp_path, capsys):
+    """Greedy, 20 tokens, one sample after each marked prompt, whatever the flags say of the others; the mean score."""
+    flags = [f"--prompts={challenging(tmp_path)}", "--protocol=challenging", "--parts=toxicity", "--n_prompts=2"]
+    result = run(*flags, "--scorer=ngram,data.toy:rudeness", "--temperature=2")
+    out, place = capsys.readouterr().out, "prompts.jsonl, challenging"
+    assert result["measures"]["prompted"]["toxicity_fraction"]["n"] == 2
+    assert result["measures"][place]["toxicity_mean"]["n"] == 5
+    records = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
+    prompts = [r["prompt"]["text"] for r in records if r["challenging"]]
+    for side in ("base", "tuned"):
+        model = GPT.from_pretrained(result[side])
+        texts = [greedy(model, tokenizer, p, 20) for p in prompts]
+        assert max(len(tokenizer.encode_ordinary(t)) for t in texts) > 6  # of --sample_tokens
+        for name, where in (("ngram", place), ("data.toy:rudeness", f"{place}, by data.toy:rudeness")):
+            want = get_scorer(name)(texts).mean()
+            assert result["measures"][where]["toxicity_mean"][side] == pytest.approx(want)
+            block = re.search(rf"^here: 5 prompts, 20 tokens; {name}; .*\n  base (.*)\n  tuned (.*)\n", out, re.M)
+            assert block[("base", "tuned").index(side) + 1].split()[1] == f"{want:.3f}"
+    assert "challenging  prompts of " in out and "temperature=0.0, sample_tokens=20, k=1, n_prompts=0" in " ".join(
+        out.split()
+    )
+    for heading, rows in TOXICITY.items():
+        assert heading in " ".join(out.split())
+        for model, *numbers in rows:
+            assert re.search(rf"^  {model} +" + " +".join(map(re.escape, numbers)) + "$", out, re.M)
+    assert "WARNING scorers differ" in out
+    run(*flags, "--temperature=1")
+    assert "prompts.jsonl, challenging: base from before, tuned from before" in capsys.readouterr().out
+    assert "here: " not in (run(*flags[:1], "--parts=toxicity") and capsys.readouterr().out)
+
+
+def test_wikitext_stands_beside_the_published_perplexity(run, tmp_path, monkeypatch, capsys):
+    raw = a_file(tmp_path, "wiki.test.raw", " = One = \n \n Anna burned the toast . \n")
+    monkeypatch.setattr(evaluation, "published_file", lambda name: raw)
+    flags = [f"--prompts={challenging(tmp_path)}", "--protocol=challenging", "--parts=toxicity,fluency"]
+    found = run(*flags, "--text=wikitext2")["measures"]["text wiki.test.raw"]["text_ppl"]
+    (rows,) = re.findall(r"^here: .*\n  base (.*)\n  tuned (.*)\n", capsys.readouterr().out, re.M)
+    assert [r.split()[-1] for r in rows] == [f"{found[side]:.2f}" for side in ("base", "tuned")]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1550,13 +1738,13 @@ def published(monkeypatch, tokenizer, toy_tasks, toy_text, tmp_path):
             raise ConnectionError(f"{name}: http://x could not be fetched (no network). Put that file into y")
         return files[name]
 
-    monkeypatch.setattr(evaluation, "published_file", get)
+    monkeypatch.setattr("measures.published.published_file", get)
     monkeypatch.setattr(data, "get_tokenizer", lambda name: tokenizer)
     return tmp_path / "model", files
 
 
 def checked(folder, expected, monkeypatch):
-    monkeypatch.setattr(evaluation, "EXPECTED", {"gpt2": expected})
+    monkeypatch.setattr("measures.published.EXPECTED", {"gpt2": expected})
     with pytest.raises(SystemExit) as e:
         evaluation.main(["--check=gpt2", f"--base={folder}"])
     return e.value.code
@@ -1705,6 +1893,7 @@ def test_nothing_printed_is_wider_than_100_columns(tmp_path, monkeypatch, capsys
     """All commands in small, with their warnings and notes, as they look from the project's folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "CLOSING", 6)
+    a_file(tmp_path, "profanity_check_of_somebody_else.py", SHOUTY.replace("score", "predict_prob"))
     for name, content in (("text.raw", f" = A = \n{toy_text}\n"), ("prompts.txt", "Anna\nBen\n")):
         a_file(tmp_path, name, content)
     for name in ("choice.jsonl", "word.jsonl"):
@@ -1721,6 +1910,8 @@ def test_nothing_printed_is_wider_than_100_columns(tmp_path, monkeypatch, capsys
     train.main(["configs/toy_cp.py", *small, *tune, "--lr=1e-1", "--out_dir=out/toy_cp_0", "--max_steps=8", "--resume"])
     here = ["configs/toy_cp.py", "--out_dir=out/toy_cp_0", "--k=3"]
     evaluation.main([*here, *parts])
+    marked = [f"--prompts={challenging(tmp_path)}", "--protocol=challenging"]
+    evaluation.main([*here, *marked, "--scorer=data.toy:rudeness,profanity_check_of_somebody_else:predict_prob"])
     evaluation.main([*here, "--parts=toxicity", "--scorer=file:out/toy_cp_0/scores_of_somebody_else.jsonl"])
     for more in (["--prompt=Anna burned the toast"], ["--rewrite=lines.txt"], ["--export=out/toy_cp_0/export"]):
         evaluation.main([*here, *more])

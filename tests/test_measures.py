@@ -7,6 +7,7 @@ import math
 import re
 import time
 import zipfile
+from fractions import Fraction
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -240,8 +241,110 @@ def test_bootstrap_of_missing_values():
     assert all(map(math.isnan, statistics.bootstrap(some * NAN, some, statistics.mean, 0)))
 
 
+def two_by_two(v):
+    """{(first says toxic, second says toxic): texts} of score pairs, their contingency table, by a plain loop."""
+    cells = dict.fromkeys(itertools.product((True, False), repeat=2), 0)
+    for a, b in v.reshape(-1, 2).tolist():
+        if not (math.isnan(a) or math.isnan(b)):
+            cells[a > 0.5, b > 0.5] += 1
+    return cells
+
+
+def literal_kappa(v):
+    """Cohen 1960 in whole numbers, off the margins of the table: (n d - e) / (n n - e), where d texts lie on its
+    diagonal and e = sum of row total times column total."""
+    cells = two_by_two(v)
+    n, d = sum(cells.values()), cells[True, True] + cells[False, False]
+    e = sum(
+        sum(c for (a, _), c in cells.items() if a == which) * sum(c for (_, b), c in cells.items() if b == which)
+        for which in (True, False)
+    )
+    return Fraction(n * d - e, n * n - e) if n * n != e else NAN
+
+
+def pairs(cells):
+    """Score pairs of {(first, second): texts}, rows of one."""
+    rows = [[(a, b)] for (a, b), n in cells.items() for _ in range(n)]
+    return np.array(rows, dtype=float).reshape(-1, 1, 2)
+
+
+def test_agreement_and_kappa_by_hand():
+    """20 + 15 of 50 texts alike, toxic to the first in 25 and to the second in 30: 0.7, where 0.5 comes by chance."""
+    v = pairs({(0.9, 0.8): 20, (0.6, 0.5): 5, (0.5, 0.51): 10, (0.0, 0.1): 15})  # 0.5 is not toxic
+    assert statistics.agreement(v) == pytest.approx(0.7) and statistics.cohens_kappa(v) == pytest.approx(0.4)
+    assert statistics.cohens_kappa(pairs({(1, 0): 3, (0, 1): 3})) == pytest.approx(-1)
+    assert statistics.cohens_kappa(pairs({(1, 1): 3, (0, 0): 4})) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("shape", [(40, 1, 2), (7, 5, 2), (3, 1, 2)])
+def test_agreement_and_kappa_are_those_of_the_table(shape):
+    """Of scores that lean to one side, depend on each other, and lack some on either side."""
+    rng, defined = np.random.default_rng(0), 0
+    for _ in range(60):
+        v = rng.random(shape) ** rng.uniform(0.2, 3)
+        v[..., 1] = np.where(rng.random(shape[:-1]) < 0.5, v[..., 0], v[..., 1])
+        v[rng.random(shape) < 0.2] = NAN
+        cells, kappa = two_by_two(v), literal_kappa(v)
+        n = sum(cells.values())
+        share = (cells[True, True] + cells[False, False]) / n if n else NAN
+        assert statistics.agreement(v) == pytest.approx(share, nan_ok=True)
+        assert statistics.cohens_kappa(v) == pytest.approx(float(kappa), nan_ok=True)
+        defined += kappa == kappa
+    assert defined > 20
+
+
+def test_nothing_to_agree_on_has_no_kappa():
+    """Both call every text harmless, or toxic: agreement is whole and says nothing. Without texts, neither is there."""
+    for v in (pairs({(0.1, 0.2): 9}), pairs({(0.9, 0.8): 9})):
+        assert statistics.agreement(v) == 1 and math.isnan(statistics.cohens_kappa(v))
+    for v in (pairs({(0.9, NAN): 2, (NAN, 0.1): 3}), np.zeros((0, 1, 2))):
+        assert math.isnan(statistics.agreement(v)) and math.isnan(statistics.cohens_kappa(v))
+    assert statistics.cohens_kappa(pairs({(0.1, 0.2): 9, (0.1, 0.9): 1})) == 0  # one of them calls all the same
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # prompts
+
+
+def published_rtp(challenging, text, toxicity=0.5):
+    """A line of prompts.jsonl as RealToxicityPrompts publishes it."""
+    more = dict.fromkeys("profanity sexually_explicit identity_attack flirtation threat insult severe_toxicity".split())
+    prompt, end = dict(text=text, toxicity=toxicity) | more, dict(text=" and so on.", toxicity=0.9) | more
+    return dict(filename="0001.txt", begin=3, end=90, challenging=challenging, prompt=prompt, continuation=end)
+
+
+def test_challenging_prompts_are_those_that_are_marked(write):
+    """By true alone, whatever their score. Of a long one the first 32 tokens are left, and it is encoded to them."""
+    encoding, no = data.get_tokenizer("gpt2"), "Nothing"
+    long = "The mayor's  office, asked on the 31st of October by e-mail, wouldn't say why " + "so very " * 20
+    texts, marks = [no, long, no, no, no, "Anna said ", "a" + "\u2603" * 30], [False, True, None, "true", 1, True, True]
+    scores = (0.9, 0, 1, 1, 1, None, 0.4)
+    path = write([published_rtp(*row) for row in zip(marks, texts, scores, strict=True)])
+    found = prompts.read_challenging(path, encoding)
+    assert [where for where, _ in found] == [f"{path}:{n}" for n in (2, 6, 7)]
+    assert encoding.encode_ordinary(found[0][1]) == encoding.encode_ordinary(long)[:32] and found[1][1] == "Anna said"
+    assert found[2][1] == "a" + "\u2603" * 15  # two tokens each: half of a character is left out
+
+
+@pytest.mark.parametrize(
+    ("content", "name", "says"),
+    [
+        ([published_rtp(False, "a")] * 3, "p.jsonl", 'marks no prompt by "challenging": true: '),
+        ([dict(text="a", toxic=True)], "p.jsonl", 'marks no prompt by "challenging": true: '),
+        ("", "p.jsonl", 'marks no prompt by "challenging": true: '),
+        ("Anna\n", "p.txt", ":1: not JSON "),
+        ('"Anna"\n', "p.jsonl", ":1: wanted a JSON object, got str: "),
+        ([published_rtp(True, "a"), published_rtp(True, " ")], "p.jsonl", ":2: wanted a text as the prompt's 'text'"),
+        ([published_rtp(True, "a", 2.0)], "p.jsonl", ":1: wanted a number from 0 to 1"),
+    ],
+)
+def test_a_file_without_challenging_prompts_is_one_line(write, tokenizer, content, name, says):
+    path = write(content, name)
+    with pytest.raises(ValueError) as e:
+        prompts.read_challenging(path, tokenizer)
+    said = str(e.value)
+    assert said.startswith(f"{path}") and says in said and "\n" not in said
+    assert said.endswith(": give prompts.jsonl of RealToxicityPrompts") or "wanted a text" in said or "number" in said
 
 
 def read_prompts(path):
@@ -745,7 +848,7 @@ def test_the_table_leaves_out_what_does_not_vary():
     }
     parts = ("scores", "toxicity", "rewriting", "fluency", "diversity", "drift")
     lines = report.evaluation_table(places, parts, {"free": "250", "prompted": "10 x 25"}).split("\n")
-    assert set(report.ALWAYS) == {"toxicity_fraction", "rewrite_toxicity"}
+    assert {"toxicity_fraction", "rewrite_toxicity"} < set(report.ALWAYS)
     assert [re.split(r"\s{2,}", line.strip()) for line in lines[1:]] == [
         ["scores: test groups, 7"],
         ["perplexity of positives", "-", "-", "-"],

@@ -3,12 +3,14 @@
 import json
 import math
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data import toy
 from measures import get_scorer
+from measures.scorers import get_scorers
 
 
 @pytest.fixture
@@ -262,6 +264,79 @@ def test_a_cache_that_cannot_be_written_is_one_line(scorer, tmp_path):
     cache = tmp_path / "file" / "cache.jsonl"
     with pytest.raises(OSError, match=f"{cache} cannot be written .*: give another place"):
         get_scorer(scorer(LENGTHS), cache)(["a"])
+
+
+@pytest.mark.parametrize("cut", [None, 20])
+def test_two_scorers_share_the_cache(scorer, tmp_path, cut):
+    """Each finds its own scores of the same texts again, also behind a line that a kill has cut."""
+    names, cache = f"{scorer(LENGTHS)},data.toy:rudeness", tmp_path / "cache.jsonl"
+    texts = [["Anna", "a moron"], ["a moron", "Ben"], ["Ben", "Carla"]]
+    want = [[[0.4, 0.7], [0.7, 0.3], [0.3, 0.5]], [[0, 1], [1, 0], [0, 0]]]
+    for _ in range(2):
+        pair = get_scorers(names, cache)
+        assert [[one(some).tolist() for some in texts] for one in pair] == want
+        records = [json.loads(line) for line in cache.read_text().splitlines()]
+        assert len(records) == len({(r["scorer"], r["text"]) for r in records}) == 8
+    assert sum(map(len, calls(pair[0].name))) == 4
+    if cut:  # the last record is of the second one
+        cache.write_text(cache.read_text()[:-cut])
+        again = get_scorers(names, cache)
+        assert [[one(some).tolist() for some in texts] for one in again] == want
+        assert sum(map(len, calls(pair[0].name))) == 4 and len(cache.read_text().splitlines()) == 8
+
+
+@pytest.mark.parametrize(
+    ("names", "want"),
+    [
+        ("ngram", ["ngram"]),
+        ("ngram,data.toy:rudeness", ["ngram", "data.toy:rudeness"]),
+        ("data.toy:rudeness, ngram,data.toy:rudeness,ngram", ["data.toy:rudeness", "ngram"]),
+        ("file:out/tau=1,seed=0/s.jsonl,ngram", ["file:out/tau=1,seed=0/s.jsonl", "ngram"]),
+        ("ngram,file:a.jsonl,file:b,ngrams.jsonl", ["ngram", "file:a.jsonl", "file:b,ngrams.jsonl"]),
+    ],
+)
+def test_names_with_commas_between(names, want):
+    """Each once, in order. The folders of a sweep have commas in their names."""
+    assert [one.name for one in get_scorers(names)] == want
+
+
+@pytest.mark.parametrize("names", ["ngram,", ",ngram", "ngram,rude", "ngram,,data.toy:rudeness"])
+def test_a_list_with_an_unknown_name_is_one_line(names):
+    with pytest.raises(ValueError, match="wanted ngram, module:function, or file:SCORES.jsonl$"):
+        get_scorers(names)
+
+
+DETOXIFY = """from detoxify import Detoxify
+model = Detoxify("original")
+toxicity = lambda texts: model.predict(texts)["toxicity"]
+"""
+
+
+STUB = """made = []
+
+
+class Detoxify:
+    def __init__(self, model_type):
+        made.append(model_type)
+
+    def predict(self, text):
+        assert isinstance(text, list)
+        return dict(toxicity=[len(t) / 100 for t in text], insult=[1.0] * len(text))
+"""
+
+
+def test_the_three_lines_for_detoxify(tmp_path, monkeypatch):
+    """As measures/README.md has them, against a stub with its interface: a list of texts in, lists by class out."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p])
+    for module, content in (("detoxify", STUB), ("judge", DETOXIFY)):
+        monkeypatch.setitem(sys.modules, module, None)  # so that it is what it was afterwards
+        del sys.modules[module]
+        (tmp_path / f"{module}.py").write_text(content)
+    score = get_scorer("judge:toxicity", tmp_path / "cache.jsonl")
+    assert score(["", "a" * 50, "a" * 100]).tolist() == [0, 0.5, 1] and sys.modules["detoxify"].made == ["original"]
+    shown = (Path(__file__).parents[1] / "measures" / "README.md").read_text()
+    assert "".join(f"      {line}\n" for line in DETOXIFY.splitlines()) in shown and "judge:toxicity" in shown
 
 
 # --------------------------------------------------------------------------------------------------------------------
