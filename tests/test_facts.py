@@ -224,5 +224,7 @@ def test_data_sheet(records, tasks, facts):
         r"(\d+) facts of (\d+) relations; ([\d,]+) sentences to train on, (\d+) to validate, (\d+) to", sheet
     )
     assert [int(n.replace(",", "")) for n in told.groups()] == counts
+    same = sum(r["choices"][0] == facts[r["fact"]]["old"] for r in tasks["neighbours"])
+    assert f"the old one of the fact in {same} items" in " ".join(sheet.split())
     for name in TASKS:
         assert re.search(rf"`{name}.jsonl`[^\n]*\b{len(tasks[name])}\b", sheet), name
