@@ -1,8 +1,9 @@
 # Knowledge editing with the same objective: positives state a new value of a fact, negatives the same sentences with
-# the old one (data/facts). Not tuned yet. See what it does with
+# the old one (data/facts). What it does is told by
 # python eval.py configs/gpt2_facts.py --parts=scores,utility,drift
 # where "efficacy" are beginnings of trained wordings, "reworded" of held-out ones (the new value is to be likelier
-# than the old one), and "neighbours" are facts that are to stay as they are.
+# than the old one), and "neighbours" are facts that are to stay as they are. Not tuned yet: 40 steps on SmolLM2-135M
+# (one seed, --anchor_texts=96) took the first from 2 to 55 %, the second from 2 to 50 %, and the third from 95 to 50 %.
 from configs.gpt2_cp import *  # noqa: F403
 
 out_dir = "out/gpt2_facts"
