@@ -131,7 +131,7 @@ def _group(record, where, number):
 
 
 def load_groups(name, setting="data"):
-    """Groups by split, {'train': [Group], 'val': ..., 'test': ...}, from a file, or of the toy world: 'toy', 'toy_facts'."""
+    """Groups by split, {'train': [Group], 'val': ..., 'test': ...}, from a file or a toy world's name."""
     worlds = dict(toy=toy.groups, toy_facts=toy_facts.groups)
     groups = worlds[name]() if name in worlds else read_groups(find(name), setting)
     return {split: [g for g in groups if g.split == split] for split in SPLITS}
