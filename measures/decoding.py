@@ -64,7 +64,7 @@ class Sasa:
 
     def __init__(self, model, *prompts, w, b, end, strength=1.0, candidates=32):
         self.k, self.strength, self.end = min(candidates, model.config.vocab_size), strength, end
-        self.rows, self.margin = Rows(model, *prompts, spare=self.k), lambda h: h.float() @ w + b
+        self.rows, self.margin = Rows(model, *prompts, spare=self.k), lambda h: (h * w).sum(-1) + b  # fp32
 
     def logits(self):
         self.plain = self.rows.logits()  # (R, V)
@@ -129,8 +129,8 @@ class Reversal:
             seen, first = {}, idx.clone()
             first[:, 0] = begin[-1]
             kept = model.read_prefix(begin[:-1]) if begin[1:] else None
-            hook = lambda i, x, seen=seen: seen.update({i: self._last(x)}) or self.end.setdefault(i, x[:1, 0])
-            self.passes.append((self._hooked(hook, model, first, lengths, room, samples, kept), seen))
+            note = partial(self._note, seen)
+            self.passes.append((self._hooked(note, model, first, lengths, room, samples, kept), seen))
         (_, self.toxic), (_, self.neutral) = self.passes
         self.rows = self._hooked(self._reverse, model, idx, lengths, room, samples)
         self.passes.append((self.rows, None))
@@ -150,6 +150,10 @@ class Reversal:
 
     def _last(self, x):
         return x[torch.arange(len(x), device=x.device), self.at]  # (B, T, C) -> (B, C)
+
+    def _note(self, seen, i, x):
+        seen[i] = self._last(x)
+        self.end.setdefault(i, x[:1, 0])  # at the first call, the toxic prefix's last token
 
     def _reverse(self, i, x):
         states = self._last(x), self.toxic[i] - self.neutral[i], self.end[i]
