@@ -10,12 +10,10 @@ import pytest
 import torch
 from test_eval import TOY_CP, evaluation, network, quick  # noqa: F401
 from test_model import LONG, prompts, tiny
-from torch.nn import functional as F
 
 import data
 from configs import Config
 from measures.decoding import DExperts, Reversal, Sasa, fit_margin, make_steering, prefixes
-from measures.groups import frames
 from model import GPT, GPTConfig, Rows, _sample
 
 END = 60  # the last token of LONG's vocabulary
@@ -219,23 +217,24 @@ def test_the_nucleus_is_of_the_plain_logits(top_p):
 
 
 def test_looking_ahead_leaves_no_trace(net):
-    """States behind candidates are those of the texts read whole, and what follows is as if nothing had been tried."""
+    """States behind candidates are those of the whole text read with each; and rows go on as if nothing had been tried,
+    to the last position that the context has."""
     (idx, lengths), g = framed(), torch.Generator().manual_seed(1)
     with torch.no_grad():
-        plain, looked = Rows(net, idx, lengths, 4), Rows(net, idx, lengths, 4, spare=16)
-        for _ in range(4):
+        plain, looked = Rows(net, idx, lengths, 108), Rows(net, idx, lengths, 108, spare=16)
+        texts = [idx[b, :n] for b, n in enumerate(lengths.tolist())]
+        for i in range(108):
             tokens = torch.randint(61, (3, 16), generator=g)
             h = looked.peek(tokens)
-            assert torch.equal(looked.peek(tokens), h)
-            ahead = [net.hidden(idx[b : b + 1, : lengths[b]], torch.arange(lengths[b])) for b in range(3)]
-            assert len(ahead) == 3 and h.shape == (3, 16, 32)
-            one = Rows(net, idx, lengths, 5, spare=16) if looked.width == idx.size(1) else None
-            if one:  # the first step: each candidate alone
-                one.advance(tokens[:, 5])
-                assert (one.h - h[:, 5]).abs().max() < 1e-4
+            assert h.shape == (3, 16, 32)
+            for b in range(3) if i in (0, 1, 50, 107) else ():
+                for c in range(16):
+                    text = torch.cat([texts[b], tokens[b, c : c + 1]])
+                    assert (net.hidden(text[None], torch.arange(len(text)))[0, -1] - h[b, c]).abs().max() < 1e-4
             for rows in (plain, looked):
                 rows.advance(tokens[:, 0])
-            assert (plain.h - looked.h).abs().max() < 1e-5 and (looked.h - h[:, 0]).abs().max() < 1e-4
+            assert (plain.h - looked.h).abs().max() < 1e-5
+            texts = [torch.cat([text, t]) for text, t in zip(texts, tokens[:, :1], strict=True)]
 
 
 def test_the_margin_is_linear_discriminant_analysis():
@@ -396,10 +395,3 @@ def test_bad_flags_are_one_line(folder, capsys, flags, words):
         evaluation.main([TOY_CP, f"--base={folder / 'base'}", f"--out_dir={folder / 'bad'}", *shlex.split(flags)])
     said = f"{stop.value} {capsys.readouterr().err}"
     assert words in said and said.count("eval.py:") == 1
-
-
-def test_frames_hold_what_the_margin_reads():
-    """fit_margin leaves out both end tokens: a framed sentence has them."""
-    tokenizer = data.get_tokenizer("toy")
-    (row,) = frames(["Anna lost the keys."], tokenizer, network(0, tokenizer.n_vocab, 64), 128)
-    assert row[0] == row[-1] == tokenizer.eot_token and F.relu(torch.tensor(len(row) - 2)) > 0
