@@ -259,7 +259,7 @@ class GPT(nn.Module):
         id or several. A prompt is computed once for all its samples, behind what `prefix` (see `read_prefix`) holds.
         Random numbers are drawn row by row from `generator` (on the CPU), so that rows in a batch of B or in B batches
         of one, on any device, see the same. Or `generator` is a tensor of them (R, max_new_tokens, 4): see `_sample`.
-        `steer` takes the place of `Rows`, as the methods of measures/decoding.py do; then a nucleus is of `plain`.
+        `steer`, a method of measures/decoding.py, stands in for `Rows`; top_p may then be of other logits, its `plain`.
         Returns tokens (R, max_new_tokens) int64, R = B * samples, and (R,), how many of them are real, the stop token
         included. Raises ValueError if prompt and continuation do not fit the context.
         """
@@ -320,11 +320,10 @@ class GPT(nn.Module):
 
 
 class Rows:
-    """Rows that a model continues side by side, R = B * samples: `generate` draws from `logits` and says by `advance`
-    what it drew. `h` (R, C) are the hidden states of their last tokens; caches, one a block, are the keys and values
-    (R, Tmax, 2, nh, hs), with the block's part of the prefix or None."""
+    """R = B * samples rows that a model continues side by side. `h` (R, C) are the hidden states of their last tokens;
+    caches, one a block, hold keys and values (R, Tmax, 2, nh, hs) and the block's part of the prefix or None."""
 
-    plain = None  # logits (R, V) of a steered model as they were before
+    plain = None  # of a method that steers: the logits (R, V) whose nucleus is drawn from
 
     def __init__(self, model, idx, lengths, room, samples=1, prefix=None, spare=0):
         """Read prompts, given as `generate` has them. `room` tokens can follow, and `peek` look at `spare`."""
@@ -337,7 +336,8 @@ class Rows:
         shape = (B, -(-(T + room + spare) // 16) * 16, 2, c.n_head, c.n_embd // c.n_head)  # a GPU reads masks by 16
         dtype = torch.float32 if device.type == "cpu" else self.weight.dtype  # as _attend computes
         self.caches = [(torch.zeros(shape, dtype=dtype, device=device), p) for p in prefix or [None] * c.n_layer]
-        h = self._hidden(idx, torch.arange(T, device=device).expand(B, T))
+        at = torch.arange(T, device=device).expand(B, T)
+        h = self._hidden(idx, at, at, T)
         self.h, self.lengths = h[torch.arange(B, device=device), lengths - 1], lengths
         if samples > 1:
             self.h, self.lengths = (x.repeat_interleave(samples, 0) for x in (self.h, lengths))
@@ -349,25 +349,21 @@ class Rows:
 
     def advance(self, token):
         """Read one more token (R,) of each row, over what was padding: no gap, no shifted position."""
-        self.width += 1
-        self.h = self._hidden(token[:, None], self.lengths[:, None])[:, 0]
-        self.lengths = self.lengths + 1
+        self.width, at = self.width + 1, self.lengths[:, None]
+        self.h, self.lengths = self._hidden(token[:, None], at, at, self.width)[:, 0], self.lengths + 1
 
     def peek(self, tokens):
-        """Hidden states (R, k, C) behind each of k tokens (R, k) that could be next. Rows stay as they are: the tokens
-        are kept in columns behind all rows, hidden from each other, and later written over."""
-        at = self.lengths[:, None].expand_as(tokens)
-        return self._hidden(tokens, at, self.width + torch.arange(tokens.size(1), device=tokens.device))
+        """Hidden states (R, k, C) behind each of k tokens (R, k) that could be next."""
+        at = self.lengths[:, None].expand_as(tokens)  # all of them; columns are behind the rows, written over later
+        own = self.width + torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        return self._hidden(tokens, at, own, self.width + tokens.size(1))
 
-    def _hidden(self, idx, at, aside=None):
-        """Hidden states of tokens idx at positions `at`, (B, T) each; kept in these columns, or in others, (T,)."""
+    def _hidden(self, idx, at, own, width):
+        """Hidden states of tokens idx at positions `at`, kept in columns `own`, (B, T) each, of the first `width`."""
         kept, prefix = self.caches[0]
-        columns, own = torch.arange(kept.size(1), device=idx.device), at if aside is None else aside.expand_as(at)
-        hide = columns > at[:, None, :, None]  # (B, 1, T, Tmax)
-        if aside is not None:
-            hide = (hide | (columns == at[:, None, :, None])) & (columns != own[:, None, :, None])
-        width = self.width + (0 if aside is None else len(aside))
-        mask = torch.where(hide, -math.inf, 0.0).to(kept.dtype)[..., :width]
+        column = torch.arange(kept.size(1), device=idx.device)
+        hide = (column >= at[:, None, :, None]) & (column != own[:, None, :, None])  # all but its past and itself
+        mask = torch.where(hide, -math.inf, 0.0).to(kept.dtype)[..., :width]  # (B, 1, T, width)
         where = torch.arange(len(idx), device=idx.device)[:, None], own
         pos = at + prefix[0].size(1) if prefix else at
         return self.net.hidden(idx, pos, cache=[(kept, where, mask, part) for kept, part in self.caches])
