@@ -84,8 +84,9 @@ def fit_margin(model, positives, negatives, ridge=1e-3):
         m(h) = w . h + b,        w = S^-1 (mu+ - mu-),        b = -w . (mu+ + mu-) / 2.
 
     S is pooled within classes, with `ridge` times its mean variance added to each. A state is that behind any prefix of
-    a sentence, since it is prefixes that are judged; the paper has whole texts, as they come with labels. Takes framed
-    token lists. Returns w (C,) and b (), fp32.
+    a sentence, since it is prefixes that are judged: fitted to whole sentences, it did nothing after toxic prompts in
+    the toy world. The paper's margin may be divided by |w|, which is a matter of beta. Takes framed token lists.
+    Returns w (C,) and b (), fp32.
     """
     means, scatter, count = [], 0.0, 0
     for sequences in (positives, negatives):
@@ -115,28 +116,23 @@ class Reversal:
 
     Equations, exponents and what the norms are taken over are those of the authors' code; their lambda is 1. A prefix,
     end token included, takes the place of the end token that a prompt begins with. Earlier positions of a prompt stay
-    as they are; those that were generated keep, in the cache, what steering made of them.
-
-    Raises ValueError if a prompt does not begin with the prefixes' first token, or if the context is too short.
+    as they are; those that were generated keep, in the cache, what steering made of them. A nucleus is that of the
+    steered logits. Raises ValueError if a prompt does not begin with the prefixes' first token.
     """
+
+    plain = None
 
     def __init__(self, model, idx, lengths, room, samples, prefix=None, *, toxic, neutral, strength=1.0):
         if (idx[:, 0] != toxic[0]).any():
             raise ValueError(f"a prompt must begin with the end token, {toxic[0]}, for the prefix stands in its place")
-        self.strength, self.heads, self.end = strength, model.config.n_head, {}
-        self.at, self.passes = lengths.to(idx.device) - 1, []
-        for begin in (toxic, neutral):
-            seen, first = {}, idx.clone()
-            first[:, 0] = begin[-1]
+        self.strength, self.heads, self.at = strength, model.config.n_head, lengths.to(idx.device) - 1
+        self.toxic, self.neutral, self.end, self.passes = {}, {}, {}, []
+        for begin, seen in ((toxic, self.toxic), (neutral, self.neutral)):
+            first = torch.cat([torch.full_like(idx[:, :1], begin[-1]), idx[:, 1:]], dim=1)
             kept = model.read_prefix(begin[:-1]) if begin[1:] else None
-            note = partial(self._note, seen)
-            self.passes.append((self._hooked(note, model, first, lengths, room, samples, kept), seen))
-        (_, self.toxic), (_, self.neutral) = self.passes
-        self.rows = self._hooked(self._reverse, model, idx, lengths, room, samples)
-        self.passes.append((self.rows, None))
-        self.at = torch.zeros_like(self.rows.lengths)  # from now on a pass reads one token
-
-    plain = None  # the nucleus is that of the steered logits, as in the authors' code
+            self.passes.append(self._hooked(partial(self._note, seen), model, first, lengths, room, samples, kept))
+        self.passes.append(self._hooked(self._reverse, model, idx, lengths, room, samples))
+        self.at = torch.zeros_like(self.passes[-1].lengths)  # from now on a pass reads one token
 
     def _hooked(self, hook, model, *prompts):
         """Rows in which hook(block's number, input of its c_proj) is called, and gives that input if it changes it."""
@@ -148,28 +144,25 @@ class Reversal:
             for handle in handles:
                 handle.remove()
 
-    def _last(self, x):
-        return x[torch.arange(len(x), device=x.device), self.at]  # (B, T, C) -> (B, C)
-
     def _note(self, seen, i, x):
-        seen[i] = self._last(x)
+        seen[i] = x[torch.arange(len(x), device=x.device), self.at]  # (B, T, C) -> (B, C)
         self.end.setdefault(i, x[:1, 0])  # at the first call, the toxic prefix's last token
 
     def _reverse(self, i, x):
-        states = self._last(x), self.toxic[i] - self.neutral[i], self.end[i]
+        last = torch.arange(len(x), device=x.device), self.at
+        states = x[last], self.toxic[i] - self.neutral[i], self.end[i]
         v, d, end = (y.float().view(len(y), self.heads, -1) for y in states)  # (B or 1, nh, hs)
         size = (1 + d.norm(dim=2, keepdim=True)) ** 0.4  # (B, nh, 1)
         alike = (1 + F.cosine_similarity(v, end, dim=2).relu()[..., None]) ** 0.6
         new = v - self.strength * size * alike * d
         before, after = (y.norm(dim=(1, 2), keepdim=True) for y in (v, new))
-        new = new * (before / after.clamp(min=1e-12))
-        return x.index_put((torch.arange(len(x), device=x.device), self.at), new.flatten(1).to(x.dtype))
+        return x.index_put(last, (new * (before / after.clamp(min=1e-12))).flatten(1).to(x.dtype))
 
     def logits(self):
-        return self.rows.logits()
+        return self.passes[-1].logits()
 
     def advance(self, token):
-        for rows, _ in self.passes:  # toxic and neutral first
+        for rows in self.passes:  # toxic and neutral first
             rows.advance(token)
 
 
