@@ -365,6 +365,11 @@ def test_steps_are_kept_for_the_same_steering_alone(folder, capsys):
     two = steered(folder, *flags, f"--expert={folder / 'up'}")
     assert "samples, free samples: base from before, tuned 0." in capsys.readouterr().out
     assert one["measures"]["free"] != two["measures"]["free"]
+    steered(folder, "--steer=dexperts", "--steer_strength=3", f"--anti_expert={folder / 'down'}")
+    capsys.readouterr()
+    evaluation.main(["--compare", *(str(folder / f"run/dexperts-{n}") for n in (1, 3))])  # no two seeds of one thing
+    said = capsys.readouterr().out
+    assert "steer_strength=1.0" in said and "steer_strength=3.0" in said and "±" not in said.split("mean ±")[0]
 
 
 def test_a_tuned_model_may_be_steered(folder, capsys):
