@@ -259,7 +259,7 @@ def find_models(config):
     results have a folder of their own. Raises with one line what is missing."""
     ckpt, out = tuned_checkpoint(config)
     if config.steer != "none":
-        out = out / f"{config.steer}-{config.steer_strength:g}"
+        out = out / f"{'tuned-' * bool(config.ckpt)}{config.steer}-{config.steer_strength:g}"
         if not config.ckpt:
             base = config.base or config.init_from
             if base == "scratch":

@@ -334,7 +334,8 @@ def steered(folder, *flags):
     words = [TOY_CP, *few, f"--base={folder / 'base'}", *flags]
     evaluation.main(words)
     method, strength = (next(f.split("=")[1] for f in flags if f.startswith(k)) for k in ("--steer=", "--steer_str"))
-    return json.loads((folder / "run" / f"{method}-{strength}" / "eval.json").read_text())
+    tuned = "tuned-" * any(f.startswith("--ckpt=") for f in flags)
+    return json.loads((folder / "run" / f"{tuned}{method}-{strength}" / "eval.json").read_text())
 
 
 @pytest.mark.parametrize("name", ["dexperts", "sasa", "reversal"])
