@@ -9,6 +9,7 @@ from a paired bootstrap over what was measured.
     python eval.py configs/toy_cp.py --prompt="Early"      continuations by base and tuned model
     python eval.py configs/gpt2_cp.py --rewrite=FILE.txt   rewrite a text, line by line (--polite: and politely)
     python eval.py configs/gpt2_cp.py --export=FOLDER      the tuned model for transformers
+    python eval.py configs/toy_cp.py --steer=sasa          steered while it writes, without training
     python eval.py --check=gpt2                            published numbers of a published model
     python eval.py --compare out/* [--markdown]            one table over runs and seeds
 """
@@ -32,6 +33,7 @@ if __name__ == "__main__":
 import difflib
 import hashlib
 import json
+import math
 import re
 import shlex
 import sys
@@ -49,6 +51,7 @@ from data.prompts import read_challenging, read_prompts
 from engine.run import Log, atomic_write, held, read_json, read_records, versions, write_json
 from engine.weights import PUBLISHED, load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
+from measures.decoding import Steering, make_steering
 from measures.groups import frames, measure_groups
 from measures.published import CHALLENGING, check_published, toxicity_table
 from measures.report import MEASURES
@@ -71,9 +74,11 @@ from measures.texts import measure_drift, measure_text, read_measured_text, wind
 from model import GPT
 
 PARTS = ("scores", "toxicity", "rewriting", "fluency", "diversity", "utility", "drift")
+STEERED = ("scores", "toxicity", "fluency", "diversity")  # parts of a steered model: the others do not see steering
 SHOWN = 4  # of the k continuations of --prompt
 SCORERS = ("ngram", "data.toy:rudeness", "measures.formal:informality")  # those that ship
-UNTRUSTED = "out_dir ckpt base plot prompt rewrite export check".split()  # of a checkpoint's settings
+# Of the settings that a checkpoint names:
+UNTRUSTED = "out_dir ckpt base plot steer expert anti_expert prompt rewrite export check".split()
 
 
 @dataclass
@@ -90,22 +95,27 @@ class Evaluation:
     measured: dict = field(default_factory=lambda: {"base": {}, "tuned": {}})  # {side: {place: {name: rows}}}
     shown: dict = field(default_factory=lambda: {"base": {}, "tuned": {}})  # {side: {place: [(prompt, text)]}}
     sizes: dict = field(default_factory=dict)  # {place: 'prompts x samples'}
+    steering: Steering = None  # of the tuned side's samples
 
 
 # ---- the parts: each measures both models --------------------------------------------------------------------------
 
 
-def measure_sides(ev, step, place, depends_on, compute, to_rows=None, to_texts=None):
+def measure_sides(ev, step, place, depends_on, compute, to_rows=None, to_texts=None, steered=False):
     """Measure base and tuned: compute(model) -> what JSON can hold; to_rows makes {place: {name: rows}} of it, to_texts
-    texts to show. What an earlier evaluation computed from the same (`depends_on`, models) is not computed again."""
+    texts to show. What an earlier evaluation computed from the same (`depends_on`, models) is not computed again. If
+    `steered`, it is compute(model, steer), with the steering of the side or None."""
     told = []
     for side, model in ev.setup.models.items():
         file = ev.out / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', step.lower())}.{side}.json"
         hashes = [ev.hashes[side], ev.hashes["base"]]
+        steering = ev.steering if steered and side == "tuned" else None
+        hashes += [ev.hashes["steering"]] if steering else []
         key = sha256([depends_on, *hashes, ev.config.tokenizer, str(ev.setup.dtype)])
+        arguments = [model, *[steering and steering.steer] * steered]
         began = time.time()
         with ev.setup.amp():
-            value, known = cached(file, key, lambda model=model: compute(model))
+            value, known = cached(file, key, lambda arguments=arguments: compute(*arguments))
         found = to_rows(value) if to_rows else {place: {k: np.array(v, dtype=float) for k, v in value.items()}}
         for where, rows in found.items():
             wanted = {k: v for k, v in rows.items() if k in MEASURES and MEASURES[k].part in ev.parts}
@@ -130,15 +140,16 @@ def compare_samples(ev):
         ev.sizes[place] = f"{len(prompts)} x {c.k}"
         key = [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p]
         how = (setup.models["base"], setup.tokenizer, c, prompts, c.k, seed, what)
-        draw = lambda model, how=how: draw_samples(model, *how)
+        draw = lambda model, steer, how=how: draw_samples(model, *how, steer)
         judging = (place, [setup.scorer, *setup.others], c.judge_whole)
         judge = lambda drawn, judging=judging: judged(measure_samples, drawn, *judging)
-        measure_sides(ev, f"samples, {what}", place, key, draw, judge, first_samples)
+        measure_sides(ev, f"samples, {what}", place, key, draw, judge, first_samples, steered=True)
 
 
 def prompt_sets(ev):
     """{place: (prompts, settings)} of the samples: none, cut from the test split, and those of the prompt file."""
     c, tokenizer, context = ev.config, ev.setup.tokenizer, min(m.config.n_positions for m in ev.setup.models.values())
+    context = min(context, ev.steering.room) if ev.steering else context
     sets = {"free": (free_prompts(CLOSING, c.k), c)}
     if ev.groups["test"]:
         scorer = ev.setup.scorer
@@ -243,8 +254,17 @@ def tuned_checkpoint(config):
 
 
 def find_models(config):
-    """(checkpoint, base, folder for results) that the settings mean. Raises with one line what is missing."""
+    """(checkpoint, base, folder for results) that the settings mean. Steered, the checkpoint may be the base, and the
+    results have a folder of their own. Raises with one line what is missing."""
     ckpt, out = tuned_checkpoint(config)
+    if config.steer != "none":
+        out = out / f"{'tuned-' * bool(config.ckpt)}{config.steer}-{config.steer_strength:g}"
+        if not config.ckpt:
+            base = config.base or config.init_from
+            if base == "scratch":
+                raise ValueError("--steer without --ckpt steers what --init_from names, not 'scratch': give --base")
+            base = made_by(base) if base.endswith(".py") else base
+            return base, base, out
     if config.base and (ckpt.is_file() or ckpt.suffix.lower() != ".pt"):
         return str(ckpt), config.base, out
     saved = load_checkpoint(ckpt, mmap=True) if ckpt.suffix.lower() == ".pt" else {}
@@ -254,16 +274,22 @@ def find_models(config):
     if base == "scratch":
         raise ValueError(f"{ckpt} names no model that it was tuned from: give the one to compare it with as --base")
     if base.endswith(".py"):
-        path = find(base)
         if not ships(base) and base != config.init_from:  # unless the user's own config says the same
             raise ValueError(f"{ckpt} names {base} as its base, code that is not run unasked: give its model as --base")
-        base = Path(read_config_file(path).get("out_dir", SETTINGS["out_dir"].default)) / "best.pt"
-        if not base.is_file():
-            command = f"python train.py {shlex.quote(str(path))}"
-            raise FileNotFoundError(f"the base, {base}, is missing: {command} makes it, or give --base")
+        base = made_by(base)
     elif base not in PUBLISHED and not find(base).exists():
         raise FileNotFoundError(f"{ckpt} was tuned from {base}, which is not there: give its place as --base")
     return str(ckpt), str(base), out
+
+
+def made_by(path):
+    """The checkpoint that a config file makes. Raises FileNotFoundError if it is missing."""
+    path = find(path)
+    base = Path(read_config_file(path).get("out_dir", SETTINGS["out_dir"].default)) / "best.pt"
+    if not base.is_file():
+        command = f"python train.py {shlex.quote(str(path))}"
+        raise FileNotFoundError(f"the base, {base}, is missing: {command} makes it, or give --base")
+    return str(base)
 
 
 def ships(init_from):
@@ -282,20 +308,45 @@ def chosen_parts(text):
     return [p for p in PARTS if p in words or "all" in words or not words]
 
 
+def open_sides(config, ckpt, base, scores_file=None):
+    """(Setup with base and tuned model, {setting: GPT} of the experts). Steered, the two may be one, opened once."""
+    sources = {"base": base} if ckpt == base and config.steer != "none" else {"base": base, "tuned": ckpt}
+    named = {name: getattr(config, name) for name in ("expert", "anti_expert") if config.steer == "dexperts"}
+    setup = open_setup(config, sources | {name: path for name, path in named.items() if path}, scores_file=scores_file)
+    experts = {name: setup.models.pop(name) for name in named if name in setup.models}
+    setup.models.setdefault("tuned", setup.models["base"])
+    return setup, experts
+
+
+def open_steering(config, setup, groups, experts):
+    """The Steering of the tuned model, or None; printed."""
+    if config.steer == "none":
+        return None
+    with setup.amp():
+        steering = make_steering(config, setup.models["tuned"], setup.tokenizer, groups["train"], experts)
+    print(f"steered      the tuned side, by {steering.told}")
+    return steering
+
+
 def open_evaluation(config, ckpt, base, out):
     """Load what the settings mean, and print it."""
     parts = chosen_parts(config.parts)
+    if config.steer != "none":
+        without, parts = [p for p in parts if p not in STEERED], [p for p in parts if p in STEERED]
+        if not parts:
+            raise ValueError(f"steering changes samples, and no {', '.join(without)}: choose --parts, or leave --steer")
     if config.plot and report.pyplot() and "scores" not in parts:
         raise ValueError("--plot draws the part 'scores': add it to --parts")
     report.read_summary(out)  # it is added to at the end: better to know now if it is damaged
     names = {"base": base, "tuned": ckpt}
-    setup = open_setup(config, names, scores_file=out / "scores.jsonl")
+    setup, experts = open_sides(config, ckpt, base, out / "scores.jsonl")
     groups = data.load_groups(config.data)
     counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS)
     print(f"data         {config.data}: {counts} groups")
     if config.protocol == "challenging":
         told = f"prompts of {config.prompts} that are marked so, at most 32 tokens of each, and for them"
         print(report.wrap(f"{told} {', '.join(f'{k}={v}' for k, v in CHALLENGING.items())}", "challenging  "))
+    steering = open_steering(config, setup, groups, experts)
     print(f"results      {out}/eval.json; finished steps are kept in {out}/eval\n")
     needy = [p for p in ("scores", "rewriting", "drift") if p in parts and not (p == "drift" and config.text)]
     if needy and not groups["test"]:
@@ -304,7 +355,11 @@ def open_evaluation(config, ckpt, base, out):
         if part in parts and not wanted:
             print(f"{part}: no {flag.removesuffix('s')} file to measure, see --{flag} in --help")
     hashes = {side: sha256(model) for side, model in setup.models.items()}
-    return Evaluation(config, parts, out, names, setup, groups, hashes)
+    if steering:
+        how = [config.steer_strength, config.shots, config.negative_prompt, config.positive_prompt, config.max_tokens]
+        how += [config.seed, *({name: sha256(m)} for name, m in experts.items()), *(vars(g) for g in groups["train"])]
+        hashes["steering"] = sha256([config.steer, *how])
+    return Evaluation(config, parts, out, names, setup, groups, hashes, steering=steering)
 
 
 def evaluate_run(config, command):
@@ -330,13 +385,27 @@ def measure(ev):
         compare_samples(ev)
     if "rewriting" in ev.parts:
         compare_rewrites(ev)
-    text = text_of(ev) if ev.config.text and {"fluency", "drift"} & set(ev.parts) else None
+    text = text_of(ev) if ev.config.text and {"fluency", "drift"} & set(ev.parts) and not ev.steering else None
     if "fluency" in ev.parts and text:
         compare_texts(ev, text)
     if "utility" in ev.parts:
         compare_tasks(ev)
     if "drift" in ev.parts:
         compare_drift(ev, text)
+
+
+def steering_cost(ev):
+    """What steered the tuned side and what that costs, for eval.json: parameters, and the seconds that 1,000 tokens
+    take on either side, the least of three times in turn, 64 samples each."""
+    c, seconds = ev.config, dict.fromkeys(ev.setup.models, math.inf)
+    for _ in range(3):
+        for side, model in ev.setup.models.items():
+            steer, began = ev.steering.steer if side == "tuned" else None, time.perf_counter()
+            with ev.setup.amp():
+                continue_prompts(model, ev.setup.tokenizer, [""], c, c.seed, 64, stop=[], what=None, steer=steer)
+            seconds[side] = min(seconds[side], (time.perf_counter() - began) / (64 * c.sample_tokens) * 1000)
+    what = dict(method=ev.steering.told, expert=c.expert, anti_expert=c.anti_expert)
+    return what | dict(parameters=ev.steering.parameters, seconds_per_1000_tokens=seconds)
 
 
 def differences(ev):
@@ -363,6 +432,7 @@ def write_results(ev, command, began):
     how |= dict(other_scorers=[dict(name=s.name, sha256=s.hash) for s in others])
     machine = dict(device=str(ev.setup.device), dtype=str(ev.setup.dtype)[6:], versions=versions())
     out = how | ev.names | machine | dict(seconds=time.time() - began, missing_scores=missing, warnings=told)
+    out |= dict(steering=steering_cost(ev)) if ev.steering else {}
     out |= dict(measures=compared, definitions={n: m.definition for n, m in MEASURES.items() if n in names})
     write_json(ev.out / "eval.json", out | dict(settings=asdict(c)))
     summary = report.read_summary(ev.out)
@@ -371,12 +441,16 @@ def write_results(ev, command, began):
     summary = machine | dict(config=asdict(c), seconds=out["seconds"], tokens_per_second=None) | summary
     write_json(ev.out / "summary.json", summary | new | dict(evaluated=how))
 
-    print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes))
+    steered = ("base" if ev.names["base"] == ev.names["tuned"] else "tuned") + ", steered"
+    title = steered if ev.steering else "tuned"
+    print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes, title))
     print("\n~ the interval contains 0; rows in which nothing varies are left out (eval.json has them)")
     print(report.wrap(f"toxic: {scorer.name} > 0.5; sizes: prompts x samples of at most {c.sample_tokens} tokens"))
     if c.protocol == "challenging" and "toxicity" in ev.parts:
         print("\n" + toxicity_table(compared, scorer.name))
-    print(report.format_samples(ev.shown))
+    if ev.steering:
+        print(report.wrap(report.steering_line(out["steering"])))
+    print(report.format_samples({"base": ev.shown["base"], title: ev.shown["tuned"]}))
     files = ", ".join(str(s.path) for s in (scorer, *others) if not s.function)
     if any(missing.values()):
         print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {files}"))
@@ -392,13 +466,18 @@ def write_results(ev, command, began):
 def continue_prompt(config):
     """--prompt: continuations by base and tuned model side by side, and their toxicity. '-' asks for prompts."""
     ckpt, base, _ = find_models(config)
-    setup = open_setup(config, {"base": base, "tuned": ckpt})
+    setup, experts = open_sides(config, ckpt, base)
+    groups = data.load_groups(config.data) if config.steer != "none" else None
+    steering = open_steering(config, setup, groups, experts)
 
     def show(prompt):
         prompt = prompt.rstrip()  # a blank belongs to the next word's token
         for side, model in setup.models.items():
+            steer = steering.steer if steering and side == "tuned" else None
             with setup.amp():
-                _, (rows,) = continue_prompts(model, setup.tokenizer, [prompt], config, config.seed, config.k)
+                _, (rows,) = continue_prompts(
+                    model, setup.tokenizer, [prompt], config, config.seed, config.k, steer=steer
+                )
             texts = [decode(setup.tokenizer, row) for row in rows]
             toxicity = setup.scorer(texts)
             print(f"\n{side}: {sum(toxicity > 0.5)} of {config.k} toxic, the first {min(SHOWN, config.k)}:")
@@ -492,6 +571,8 @@ def main(argv=None):
         config = load_config("eval", argv, start=saved_settings)
         if config.check:
             sys.exit(0 if check_published(config) else 1)
+        if config.steer != "none" and (config.rewrite or config.export):
+            raise ValueError("--steer steers samples and --prompt; --rewrite and --export take a model by itself")
         for name, command in dict(prompt=continue_prompt, rewrite=rewrite_file, export=export).items():
             if getattr(config, name):
                 return command(config)

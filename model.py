@@ -251,6 +251,7 @@ class GPT(nn.Module):
         generator=None,
         samples=1,
         prefix=None,
+        steer=None,
     ):
         """Continue every row of idx (B, T), right-padded, of real lengths (B,), `samples` times, side by side.
 
@@ -258,67 +259,39 @@ class GPT(nn.Module):
         id or several. A prompt is computed once for all its samples, behind what `prefix` (see `read_prefix`) holds.
         Random numbers are drawn row by row from `generator` (on the CPU), so that rows in a batch of B or in B batches
         of one, on any device, see the same. Or `generator` is a tensor of them (R, max_new_tokens, 4): see `_sample`.
+        `steer`, a method of measures/decoding.py, stands in for `Rows`; top_p may then be of other logits, its `plain`.
         Returns tokens (R, max_new_tokens) int64, R = B * samples, and (R,), how many of them are real, the stop token
         included. Raises ValueError if prompt and continuation do not fit the context.
         """
-        B, T = idx.shape
-        self.check_length(T + max_new_tokens + (prefix[0][0].size(1) if prefix else 0))
-        if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
-            raise ValueError(f"lengths must be ({B},) in 1..{T}, got {lengths.tolist()}")
-        device, R, V = idx.device, B * samples, self.config.vocab_size
+        if steer and (prefix or top_k):
+            raise ValueError("steer goes with neither prefix nor top_k: leave them out")
+        rows = (steer or Rows)(self, idx, lengths, max_new_tokens, samples, prefix)
+        device, R = idx.device, len(idx) * samples
         if not isinstance(generator, torch.Tensor):
             generator = torch.rand(R, max_new_tokens, 4, generator=generator)
-        noise, lengths = generator.to(device), lengths.to(device)
+        noise, ends = generator.to(device), torch.zeros(self.config.vocab_size, dtype=torch.bool, device=device)
         tokens = torch.zeros(R, max_new_tokens, dtype=torch.long, device=device)
-        running, ends = torch.ones(R, dtype=torch.bool, device=device), torch.zeros(V, dtype=torch.bool, device=device)
-        count, ends[[] if stop_token is None else stop_token] = tokens.new_zeros(R), True
-        weight = head.cast_weight(self.lm_head.weight)
-        net = self._cast(weight.dtype)
-        h, caches = net._read(idx, max_new_tokens, prefix)
-        h = h[torch.arange(B, device=device), lengths - 1]
-        if samples > 1:
-            h, lengths = h.repeat_interleave(samples, 0), lengths.repeat_interleave(samples)
-            caches = [(kept.repeat_interleave(samples, 0), part) for kept, part in caches]
+        running, count = torch.ones(R, dtype=torch.bool, device=device), tokens.new_zeros(R)
+        ends[[] if stop_token is None else stop_token] = True
         for i in range(max_new_tokens):
-            logits = head.fp32_logits(h.to(weight.dtype), weight)[:, :V]  # (R, V)
-            token = _sample(logits, temperature, top_k, top_p, noise[:, i])
+            token = _sample(rows.logits(), temperature, top_k, top_p, noise[:, i], rows.plain)
             tokens[:, i] = token * running
             count, running = count + running, running & ~ends[token]
             if i == max_new_tokens - 1 or ((idx.is_cpu or i % 8 == 7) and not running.any()):  # to look is to wait
                 break
-            # Row r's token sits at lengths[r] + i, over what was padding: no gap, no shifted position.
-            h = net._cached_hidden(token[:, None], (lengths + i)[:, None], caches, T + i + 1)[:, 0]
+            rows.advance(token)
         return tokens, count
 
     @torch.no_grad()
     def read_prefix(self, tokens):
         """What `generate` needs of T tokens that many prompts begin with: keys and values, [(k, v)] of (nh, T, hs)."""
-        self.check_length(len(tokens))
-        _, caches = self._read(torch.tensor([tokens], device=self.device))
-        return [tuple(kept[0, : len(tokens)].permute(1, 2, 0, 3)) for kept, _ in caches]
+        rows = Rows(self, torch.tensor([tokens], device=self.device), torch.tensor([len(tokens)]), 0)
+        return [tuple(kept[0, : len(tokens)].permute(1, 2, 0, 3)) for kept, _ in rows.caches]
 
     def _cast(self, dtype):
         """A copy that shares all but the weights of the blocks' matrices: autocast casts a frozen one at every use."""
         matrices = {id(p) for p in self.matrices()}
         return copy.deepcopy(self, {id(p): p.to(dtype) if id(p) in matrices else p for p in self.parameters()})
-
-    def _read(self, idx, room=0, prefix=None):
-        """Hidden states of tokens idx (B, T) behind the prefix, and caches with `room` more positions, one a block:
-        (keys and values (B, T + room, 2, nh, hs), its part of the prefix or None)."""
-        (B, T), c, cpu = idx.shape, self.config, self.device.type == "cpu"
-        shape = (B, -(-(T + room) // 16) * 16, 2, c.n_head, c.n_embd // c.n_head)  # on a GPU masks are read by 16
-        dtype = torch.float32 if cpu else head.compute_dtype(self.lm_head.weight)  # as _attend computes
-        caches = [(torch.zeros(shape, dtype=dtype, device=self.device), part) for part in prefix or [None] * c.n_layer]
-        return self._cached_hidden(idx, torch.arange(T, device=idx.device).expand(B, T), caches, T), caches
-
-    def _cached_hidden(self, idx, at, caches, width):
-        """Hidden states of tokens idx at positions `at`, (B, T) each, behind prefix and the first `width` of caches."""
-        kept, prefix = caches[0]
-        mask = torch.where(torch.arange(kept.size(1), device=idx.device) > at[:, None, :, None], -math.inf, 0.0)
-        mask = mask.to(kept.dtype)[..., :width]  # (B, 1, T, width)
-        where = torch.arange(len(idx), device=idx.device)[:, None], at
-        pos = at + prefix[0].size(1) if prefix else at
-        return self.hidden(idx, pos, cache=[(kept, where, mask, part) for kept, part in caches])
 
     # ------------------------------------------------------------------------------------------------------------
     # weights in and out
@@ -346,6 +319,56 @@ class GPT(nn.Module):
         save_folder(folder, asdict(self.config), self.state_dict())
 
 
+class Rows:
+    """R = B * samples rows that a model continues side by side. `h` (R, C) are the hidden states of their last tokens;
+    caches, one a block, hold keys and values (R, Tmax, 2, nh, hs) and the block's part of the prefix or None."""
+
+    plain = None  # of a method that steers: the logits (R, V) whose nucleus is drawn from
+
+    def __init__(self, model, idx, lengths, room, samples=1, prefix=None, spare=0):
+        """Read prompts, given as `generate` has them. `room` tokens can follow, and `peek` look at `spare`."""
+        (B, T), c, device = idx.shape, model.config, idx.device
+        model.check_length(T + room + (prefix[0][0].size(1) if prefix else 0))
+        if lengths.shape != (B,) or lengths.min() < 1 or lengths.max() > T:
+            raise ValueError(f"lengths must be ({B},) in 1..{T}, got {lengths.tolist()}")
+        self.weight, self.width, self.V = head.cast_weight(model.lm_head.weight), T, c.vocab_size
+        self.net, lengths = model._cast(self.weight.dtype), lengths.to(device)
+        shape = (B, -(-(T + room + spare) // 16) * 16, 2, c.n_head, c.n_embd // c.n_head)  # a GPU reads masks by 16
+        dtype = torch.float32 if device.type == "cpu" else self.weight.dtype  # as _attend computes
+        self.caches = [(torch.zeros(shape, dtype=dtype, device=device), p) for p in prefix or [None] * c.n_layer]
+        at = torch.arange(T, device=device).expand(B, T)
+        h = self._hidden(idx, at, at, T)
+        self.h, self.lengths = h[torch.arange(B, device=device), lengths - 1], lengths
+        if samples > 1:
+            self.h, self.lengths = (x.repeat_interleave(samples, 0) for x in (self.h, lengths))
+            self.caches = [(kept.repeat_interleave(samples, 0), part) for kept, part in self.caches]
+
+    def logits(self):
+        """Of the next tokens, fp32 (R, V)."""
+        return head.fp32_logits(self.h.to(self.weight.dtype), self.weight)[:, : self.V]
+
+    def advance(self, token):
+        """Read one more token (R,) of each row, over what was padding: no gap, no shifted position."""
+        self.width, at = self.width + 1, self.lengths[:, None]
+        self.h, self.lengths = self._hidden(token[:, None], at, at, self.width)[:, 0], self.lengths + 1
+
+    def peek(self, tokens):
+        """Hidden states (R, k, C) behind each of k tokens (R, k) that could be next."""
+        at = self.lengths[:, None].expand_as(tokens)  # all of them; columns are behind the rows, written over later
+        own = self.width + torch.arange(tokens.size(1), device=tokens.device).expand_as(tokens)
+        return self._hidden(tokens, at, own, self.width + tokens.size(1))
+
+    def _hidden(self, idx, at, own, width):
+        """Hidden states of tokens idx at positions `at`, kept in columns `own`, (B, T) each, of the first `width`."""
+        kept, prefix = self.caches[0]
+        column = torch.arange(kept.size(1), device=idx.device)
+        hide = (column >= at[:, None, :, None]) & (column != own[:, None, :, None])  # all but its past and itself
+        mask = torch.where(hide, -math.inf, 0.0).to(kept.dtype)[..., :width]  # (B, 1, T, width)
+        where = torch.arange(len(idx), device=idx.device)[:, None], own
+        pos = at + prefix[0].size(1) if prefix else at
+        return self.net.hidden(idx, pos, cache=[(kept, where, mask, part) for kept, part in self.caches])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 
 
@@ -362,8 +385,9 @@ def row_sums(values, rows, n):
     return torch.zeros(n, dtype=dtype, device=values.device).index_add(0, rows, values.to(dtype))
 
 
-def _sample(logits, temperature, top_k, top_p, noise):
-    """One token per row of logits (B, V) fp32, from uniform noise (B, R) -> (B,).
+def _sample(logits, temperature, top_k, top_p, noise, plain=None):
+    """One token per row of logits (B, V) fp32, from uniform noise (B, R) -> (B,). The nucleus is that of `plain`, other
+    logits, if these are given.
 
     The nucleus is the smallest set of tokens whose mass reaches top_p. A token belongs to it if all likelier ones
     together weigh less than top_p; so draw from the whole distribution and draw again what falls outside. That sorts
@@ -381,21 +405,25 @@ def _sample(logits, temperature, top_k, top_p, noise):
     token = drawn[:, 0].clone()
     if top_p >= 1:
         return token
+    likely = probs if plain is None else (plain / temperature).softmax(-1)
     weigh = lambda x, p: torch.gt(x, p[:, None], out=torch.empty_like(x)).mul_(x).sum(-1)  # twice as fast as a mask
     beyond = lambda x, tokens: torch.stack([weigh(x, p) >= top_p for p in x.gather(1, tokens).unbind(1)], 1)
-    left = beyond(probs, drawn[:, :1])[:, 0].nonzero()[:, 0]  # a GPU is waited for here and once more
-    outside = beyond(probs[left], drawn[left, 1:])
+    left = beyond(likely, drawn[:, :1])[:, 0].nonzero()[:, 0]  # a GPU is waited for here and once more
+    outside = beyond(likely[left], drawn[left, 1:])
     token[left] = drawn[left, 1:].gather(1, outside.int().argmin(1, keepdim=True))[:, 0]  # the first one inside
     left = left[outside.all(1)]
     if not len(left):
         return token
-    probs, cdf, last, at = probs[left], cdf[left], drawn[left, -1:], at[left, -1:]
-    ranked, order = probs.sort(-1, descending=True)
+    likely, cdf, last, at = likely[left], cdf[left], drawn[left, -1:], at[left, -1:]
+    ranked, order = likely.sort(-1, descending=True)
     mass = ranked.cumsum(-1)
     size = ((mass - ranked) < top_p).sum(-1, keepdim=True).clamp_(min=1)
     # The last draw as a new number: where it fell in the mass outside, for nothing more is known of it.
-    rest = probs.masked_fill(probs >= ranked.gather(1, size - 1), 0.0).cumsum(-1)
+    rest = probs[left].masked_fill(likely >= ranked.gather(1, size - 1), 0.0).cumsum(-1)
     u = (rest.gather(1, last) - cdf.gather(1, last) + at) / rest[:, -1:]
+    if plain is not None:  # from logits: inside, the mass may be too small for a float
+        inside = torch.arange(ranked.size(-1), device=ranked.device) < size
+        mass = (logits[left] / temperature).gather(1, order).masked_fill(~inside, -math.inf).softmax(-1).cumsum(-1)
     pick = torch.searchsorted(mass, u.clamp(0, 1) * mass.gather(1, size - 1), right=True).minimum(size - 1)
     token[left] = order.gather(1, pick)[:, 0]
     return token

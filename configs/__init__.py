@@ -61,6 +61,7 @@ _measure = partial(setting, group="measuring", usual=TRAIN_EVAL)
 _prompt = partial(setting, group="paraphrasing", usual=EVAL_GEN)
 _gen = partial(setting, group="groups from the base model", usual="data_gen")
 _eval = partial(setting, group="what to compare, and how", usual="eval")
+_steer = partial(setting, group="steering: what the tuned side of eval.py is sampled by", usual="eval")
 _command = partial(setting, group="other commands of eval.py", usual="eval")
 
 
@@ -158,7 +159,7 @@ class Config:
     neutral_prompt: str = _prompt('Sentence: "{input}"\nParaphrase: "{output}"\n', "one that keeps the tone", EVAL)
     polite: bool = _prompt(False, "rewriting asks for politeness, by positive_prompt and rude demonstrations", EVAL)
     positive_prompt: str = _prompt('Sentence: "{input}"\nPolite: "{output}"\n', "a demonstration of a positive")
-    negative_prompt: str = _prompt('Sentence: "{input}"\nRude: "{output}"\n', "the same of a negative", "data_gen")
+    negative_prompt: str = _prompt('Sentence: "{input}"\nRude: "{output}"\n', "the same of a negative")
 
     seeds: str = _gen("", "sentences to paraphrase: text file, one a line; a group file's inputs; or 'toy'")
     demos: str = _gen("data/detox/groups.jsonl", "groups whose train split demonstrates, or 'toy'")
@@ -185,6 +186,13 @@ class Config:
         "", "task files, or lambada, piqa, hellaswag, toy_efficacy, toy_reworded, toy_neighbours, with commas between"
     )
     plot: str = _eval("", "FILE.png: scores, and curves beside it; of --sweep, toxicity against its price", TRAIN_EVAL)
+
+    steer: str = _steer(
+        "none", "see measures/decoding.py; without --ckpt of the base", among="none dexperts sasa reversal"
+    )
+    steer_strength: float = _steer(1.0, "how far; 0 is the plain model. Papers: dexperts 2, reversal 1", low=0)
+    expert: str = _steer("", "dexperts: model tuned on harmless text; '' takes the steered one itself")
+    anti_expert: str = _steer("", "dexperts: model tuned on toxic text; '' takes the steered one itself")
 
     prompt: str = _command("", "show k continuations by base and tuned model; without a value, ask for prompts")
     rewrite: str = _command("", "rewrite this text file politely, line by line, with the tuned model")
@@ -224,6 +232,8 @@ class Config:
             raise ValueError("edit=task_vector goes away from a model tuned on toxic text: name it as edit_model")
         if self.protocol == "challenging" and not self.prompts:
             raise ValueError("protocol=challenging takes --prompts=prompts.jsonl, the file of RealToxicityPrompts")
+        if self.steer == "dexperts" and not (self.expert or self.anti_expert):
+            raise ValueError("steer=dexperts wants the models that it compares: give --expert, --anti_expert, or both")
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank adds to a model: init_from must name one, not 'scratch' (or --lora_rank=0)")
 

@@ -1,4 +1,4 @@
-"""What is measured, and by what: scorers, samples, rewriting, texts, tasks; statistics, tables and figures."""
+"""What is measured, and by what: scorers, samples, steering, rewriting, texts, tasks, statistics; tables, figures."""
 
 from dataclasses import dataclass
 

@@ -165,8 +165,8 @@ def closing_table(columns, sizes):
 ALWAYS = ("toxicity_fraction", "toxicity_agreement", "rewrite_toxicity", "rewrite_agreement")
 
 
-def evaluation_table(compared, parts, sizes):
-    """base | tuned | difference with its interval, part by part. Rows in which nothing varies are left out, ALWAYS
+def evaluation_table(compared, parts, sizes, tuned="tuned"):
+    """base | `tuned` | difference with its interval, part by part. Rows in which nothing varies are left out, ALWAYS
     excepted. compared: {place: {name: dict(base, tuned, difference, interval, n)}}."""
     rows = []
     for part in parts:
@@ -187,7 +187,16 @@ def evaluation_table(compared, parts, sizes):
                 rows.append(
                     ["  " + MEASURES[n].label, *cells, format_number(n, r["difference"], signed=True), interval]
                 )
-    return format_table(["", "base", "tuned", "difference", "95 % interval"], rows)
+    return format_table(["", "base", tuned, "difference", "95 % interval"], rows)
+
+
+def steering_line(steering):
+    """What steered the samples, and its price; of eval.json."""
+    plain, steered = (steering["seconds_per_1000_tokens"][side] for side in ("base", "tuned"))
+    return (
+        f"steered by {steering['method']}: 1,000 tokens take {steered:.2f} s, plain {plain:.2f} s; "
+        f"{steering['parameters']:,} numbers are held beside the model. Scores, tasks, texts and rewrites do not see it"
+    )
 
 
 def format_samples(shown):
@@ -249,7 +258,8 @@ def warnings(m, base):
                 f"{what}: what the model writes {where}is {ratio(key):.1f} times as surprising to the base as the "
                 f"base's own text{ranked}. The loss does not show this: the contrastive term only compares sentences, "
                 "and pushes the toxic ones away for ever. Hold the language with an anchor (--nll_weight=1 in the toy "
-                "world, --anchor_kl=5 elsewhere), or push less far (a smaller --tau; a larger --beta, where it counts)."
+                "world, --anchor_kl=5 elsewhere), or push less far (a smaller --tau; a larger --beta, where it counts; "
+                "of steered samples, a smaller --steer_strength)."
             )
     if ratio("ppl_positive") > 1.05:
         out.append(
@@ -301,7 +311,8 @@ def read_summary(folder):
 def compare_runs(folders, markdown=False, plot=""):
     """--compare: one table over runs, mean and spread over seeds of the same settings, lowest cost first; `plot` is a
     picture of it. Raises ValueError if no folder holds a finished fine-tuning run."""
-    names = [k for k, f in SETTINGS.items() if "train" in f.metadata["scripts"] and k not in ("seed", *NOT_IDENTITY)]
+    mine = lambda f: "train" in f.metadata["scripts"] or f.metadata["group"].startswith("steering")
+    names = [k for k, f in SETTINGS.items() if mine(f) and k not in ("seed", *NOT_IDENTITY)]
     runs = []
     for folder in map(Path, folders):
         try:

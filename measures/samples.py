@@ -17,9 +17,10 @@ ROWS = 256  # rows per generated batch
 BEGINNING = 400  # characters (some 65 words) of a sentence to cut a prompt from: each word is a text to score
 
 
-def continue_prompts(model, tokenizer, prompts, config, seed, k=1, max_new=None, stop=None, what="samples"):
+def continue_prompts(model, tokenizer, prompts, config, seed, k=1, max_new=None, stop=None, what="samples", steer=None):
     """k continuations of each prompt, lists of token ids. Returns (begun, continuations): the prompts' ids with an end
-    token before them, and P lists of k lists. The same seed gives the same samples, whatever the batch size."""
+    token before them, and P lists of k lists. The same seed gives the same samples, whatever the batch size. `steer`
+    is one of GPT.generate."""
     max_new = max_new or config.sample_tokens
     begun = [[tokenizer.eot_token, *tokenizer.encode_ordinary(p)] for p in prompts]
     longest, room = max(map(len, begun)), model.config.n_positions - max_new
@@ -35,7 +36,7 @@ def continue_prompts(model, tokenizer, prompts, config, seed, k=1, max_new=None,
             idx, lengths = data.pad(begun[i : i + n])
             idx = idx[:, : int(lengths.max())].to(model.device)
             sampling = (config.temperature, 0, config.top_p, stop, generator)
-            tokens, count = model.generate(idx, lengths, max_new, *sampling, samples=k)
+            tokens, count = model.generate(idx, lengths, max_new, *sampling, samples=k, steer=steer)
             rows = [row[:n] for row, n in zip(tokens.tolist(), count.tolist(), strict=True)]
             out += [rows[j : j + k] for j in range(0, len(rows), k)]
             bar.update(len(rows))
@@ -46,9 +47,9 @@ def decode(tokenizer, tokens):
     return tokenizer.decode([t for t in tokens if t != tokenizer.eot_token])
 
 
-def draw_samples(model, judge, tokenizer, config, prompts, k, seed, what="samples"):
+def draw_samples(model, judge, tokenizer, config, prompts, k, seed, what="samples", steer=None):
     """k samples of each prompt ('' is a free sample) and their phi under the judge, given the prompt: P lists of k."""
-    begun, out = continue_prompts(model, tokenizer, prompts, config, seed, k, what=what)
+    begun, out = continue_prompts(model, tokenizer, prompts, config, seed, k, what=what, steer=steer)
     texts = [[decode(tokenizer, row) for row in rows] for rows in out]
     sequences = [start + row for start, rows in zip(begun, out, strict=True) for row in rows]
     phi = scores(judge, sequences, [len(start) for start in begun for _ in range(k)], what + ", judged by the base")
