@@ -7,7 +7,7 @@ from a paired bootstrap over what was measured.
 
     python eval.py configs/toy_cp.py                       a config's run, or --ckpt=FILE.pt
     python eval.py configs/toy_cp.py --prompt="Early"      continuations by base and tuned model
-    python eval.py configs/gpt2_cp.py --rewrite=FILE.txt   rewrite a text, line by line (--polite: and politely)
+    python eval.py configs/gpt2_cp.py --rewrite=FILE.txt   paraphrase a text line by line, or --polite
     python eval.py configs/gpt2_cp.py --export=FOLDER      the tuned model for transformers
     python eval.py configs/toy_cp.py --steer=sasa          steered while it writes, without training
     python eval.py --check=gpt2                            published numbers of a published model
@@ -202,8 +202,9 @@ def compare_tasks(ev):
         path = published_file(task) if task in SOURCES else Path(task) if toy_task else find(task)
         place = f"task {path.stem if [Path(t).stem for t in tasks].count(path.stem) < 2 else path}"
         items = toy_facts.task(task) if toy_task else read_task(path)
-        compute = lambda model, a=(items, place): measure_task(model, ev.setup.tokenizer, *a)
-        measure_sides(ev, place, place, items, compute)
+        a = (items, place, ev.config.frame_tasks)
+        compute = lambda model, a=a: measure_task(model, ev.setup.tokenizer, *a)
+        measure_sides(ev, place, place, [items, ev.config.frame_tasks], compute)
 
 
 def compare_drift(ev, text):

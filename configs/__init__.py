@@ -185,6 +185,7 @@ class Config:
     tasks: str = _eval(
         "", "task files, or lambada, piqa, hellaswag, toy_efficacy, toy_reworded, toy_neighbours, with commas between"
     )
+    frame_tasks: bool = _eval(False, "a task's contexts begin with the end token, as sentences do; lm-eval's do not")
     plot: str = _eval("", "FILE.png: scores, and curves beside it; of --sweep, toxicity against its price", TRAIN_EVAL)
 
     steer: str = _steer(

@@ -8,4 +8,5 @@ data = "toy_facts"
 scorer = "data.toy_facts:outdated"
 judge_whole = True  # an old value alone states nothing
 tasks = "toy_efficacy,toy_reworded,toy_neighbours"
+frame_tasks = True
 parts = "scores,toxicity,fluency,diversity,utility"

@@ -74,8 +74,9 @@ def facts():
     """[(relation, subject, value, new value or None)]: 36 facts, 12 of them to be edited; the same on every call."""
     rng, out = np.random.default_rng(5), []
     for relation, (subjects, values, _) in RELATIONS.items():
+        deck = [str(v) for v in rng.permutation(values)]  # dealt in turn, so that the base has read each of them
         for i, subject in enumerate(subjects):
-            old, new = (str(v) for v in rng.choice(values, 2, replace=False))
+            old, new = deck[i % len(deck)], deck[(i + 1) % len(deck)]
             out.append((relation, subject, old, new if i % 3 == 0 else None))
     return out
 

@@ -69,13 +69,13 @@ def read_task(path):
     return items
 
 
-def split_tokens(tokenizer, context, continuation):
+def split_tokens(tokenizer, context, continuation, framed=False):
     """(context ids, continuation ids), split as lm-eval does: white space at the context's end goes to the
     continuation, both are encoded together, and the continuation is what follows the context's own ids. An empty
-    context becomes the end token.
+    context becomes the end token; if `framed`, every one begins with it.
     """
     whole, ids = tokenizer.encode_ordinary(context + continuation), tokenizer.encode_ordinary(context.rstrip())
-    return ids or [tokenizer.eot_token], whole[len(ids) :]
+    return [tokenizer.eot_token] * (framed or not ids) + ids, whole[len(ids) :]
 
 
 def convert(name, data):
@@ -187,13 +187,13 @@ def _lay_side_by_side(contexts, choices, B, T):
     return idx, pos, part, torch.tensor(source), torch.tensor(target), torch.tensor(owner)
 
 
-def measure_task(model, tokenizer, items, what="task"):
+def measure_task(model, tokenizer, items, what="task", framed=False):
     """Items of `read_task` -> {name: rows}, one row per item, by the definitions of lm-eval: acc, acc_norm, acc_token
     of multiple choice, and the probability that sampling writes the right choice; acc and ppl of continuations. A
-    context too long loses its start."""
+    context too long loses its start. framed: see `split_tokens`."""
     limit, jobs = model.config.n_positions + 1, []  # the last token is only predicted
     for i, (context, choices, _) in enumerate(items):
-        pairs = [split_tokens(tokenizer, context, " " + c) for c in choices]
+        pairs = [split_tokens(tokenizer, context, " " + c, framed) for c in choices]
         sizes = [len(choice) for _, choice in pairs]
         room = limit - max(sizes)
         if not all(sizes) or room < 1:

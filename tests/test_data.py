@@ -658,46 +658,9 @@ def test_tokenizer_without_a_network(monkeypatch):
 
 
 def read_toy(sentence):
-    """(event, tone) of a sentence of this world, or None if it is not one: the inverse of toy.write, by its grammar."""
-    match = grammar().fullmatch(sentence[:1].lower() + sentence[1:]) or grammar().fullmatch(sentence)
-    if not match:
-        return None
-    found = {key[0]: words.lower() for key, words in match.groupdict().items() if words}
-    tables = (("p", toy.PEOPLE), ("a", toy.ACTIONS), ("w", toy.WHEN))
-    event = tuple([found[k] in [x.lower() for x in forms] for forms in table].index(True) for k, table in tables)
-    name = toy.PEOPLE[event[0]][0].lower()
-    if set(re.findall(r"[a-z]+", found.get("e", ""))) & {p.lower() for p, _ in toy.PEOPLE} - {name}:
-        return None  # the ending names somebody else
-    return event, "toxic" if toy.rudeness([sentence])[0] else "harmless"
-
-
-@lru_cache
-def grammar():
-    """One pattern for all sentences. Its groups: p person, a action, w when (each with the template's number)."""
-    flat = lambda forms: list(itertools.chain(*forms))
-    ends = {
-        toy._an(e.format(p=p, r=r, n=n))
-        for e in toy.RUDE_END
-        for p, _ in toy.PEOPLE
-        for r in toy.RUDE
-        for n in toy.RUDE_NOUN
-    }
-    ends |= {e.format(p=p) for e in toy.DECENT_END for p, _ in toy.PEOPLE}
-    options = dict(
-        p=flat(toy.PEOPLE),
-        a=flat(toy.ACTIONS),
-        w=flat(toy.WHEN),
-        d=toy.DECENT + toy.RUDE,
-        n=toy.NOUN + toy.RUDE_NOUN,
-        e=ends,
-    )
-    options |= dict(s=[x[:1].lower() + x[1:] for x in toy.STARTS])
-    options = {k: "|".join(map(re.escape, sorted(v, key=len, reverse=True))) for k, v in options.items()}
-    patterns = [
-        re.sub(r"\\{(\w)\\}", lambda m, i=i: f"(?P<{m[1]}{i}>{options[m[1]]})", re.escape(template))
-        for i, template in enumerate((*toy.TEMPLATES, "{p} {a} {w}."))
-    ]
-    return re.compile("|".join(patterns))
+    """(event, tone) of a sentence of this world, or None if it is not one: the inverse of toy.write."""
+    event = toy.read_event(sentence)
+    return event and (event, "toxic" if toy.rudeness([sentence])[0] else "harmless")
 
 
 def random_events(n):
