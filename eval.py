@@ -7,7 +7,7 @@ from a paired bootstrap over what was measured.
 
     python eval.py configs/toy_cp.py                       a config's run, or --ckpt=FILE.pt
     python eval.py configs/toy_cp.py --prompt="Early"      continuations by base and tuned model
-    python eval.py configs/gpt2_cp.py --rewrite=FILE.txt   paraphrase a text line by line, or --polite
+    python eval.py configs/gpt2_cp.py --rewrite=FILE.txt   paraphrase a text, line by line
     python eval.py configs/gpt2_cp.py --export=FOLDER      the tuned model for transformers
     python eval.py configs/toy_cp.py --steer=sasa          steered while it writes, without training
     python eval.py --check=gpt2                            published numbers of a published model

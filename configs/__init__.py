@@ -220,6 +220,8 @@ class Config:
             setattr(self, name, value)
         if self.min_length > self.max_length:
             raise ValueError(f"min_length={self.min_length} is above max_length={self.max_length}: nothing could pass")
+        if self.leave_one_out and self.n_pos < 2:
+            raise ValueError("leave_one_out compares a positive with the others of its group: n_pos must be at least 2")
         if self.variant == "released" and self.distance == "signed":
             raise ValueError("variant=released works only with distance=abs: leave distance, or take variant=paper")
         if self.objective != "lm" and self.init_from == "scratch":

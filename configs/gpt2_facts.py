@@ -1,15 +1,16 @@
 # Knowledge editing with the same objective: positives state a new value of a fact, negatives the same sentences with
-# the old one (data/facts). What it does is told by
+# the old one (data/facts). What it does to these facts, in trained and in other wordings, and to neighbouring ones:
 # python eval.py configs/gpt2_facts.py --parts=scores,utility,drift
-# where "efficacy" are beginnings of trained wordings, "reworded" of held-out ones (the new value is to be likelier
-# than the old one), and "neighbours" are facts that are to stay as they are. Not tuned yet: 40 steps on SmolLM2-135M
-# (one seed, --anchor_texts=96) took the first from 2 to 55 %, the second from 2 to 50 %, and the third from 95 to 50 %.
+# Not tuned: in 40 steps on SmolLM2-135M (configs/README.md) half of the facts changed, and with them half of the
+# neighbours. configs/toy_facts.py shows what it looks like where it works.
 from configs.gpt2_cp import *  # noqa: F403
 
 out_dir = "out/gpt2_facts"
 data = "data/facts/groups.jsonl"
 scorer = "measures.facts:outdated"
+judge_whole = True  # an old value alone states nothing
 tasks = "data/facts/efficacy.jsonl,data/facts/reworded.jsonl,data/facts/neighbours.jsonl"
+frame_tasks = True
 prompts = ""
 eval_groups = 100  # all of the validation split: each fact has its groups
 
@@ -17,6 +18,6 @@ eval_groups = 100  # all of the validation split: each fact has its groups
 hold_weight = 0.0
 nll_weight = 1.0
 
-# All texts of the anchor begin with nothing. The scorer judges a continuation without its prompt, so "Paris" after
+# All texts of the anchor begin with nothing, for the scorer sees only what the base adds to a beginning: "Paris" after
 # "The capital of France is" would count as harmless, and the anchor would hold the fact that is to go.
 anchor_prompted = 0.0

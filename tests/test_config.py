@@ -120,6 +120,7 @@ def python(*argv, cwd):
         ("warmup_steps", "200", "200", "warmup_steps=200 must be smaller than max_steps=200"),
         ("min_length", "2", "2", "min_length=2.0 is above max_length=1.6: nothing could pass"),
         ("distance", "'signed'", "signed", "variant=released works only with distance=abs"),
+        ("n_pos", "1", "1", "leave_one_out compares a positive with the others of its group: n_pos must be at least 2"),
         ("positive_prompt", "'{input}'", "{input}", "positive_prompt must hold {input}, then {output}, then a closing"),
         (
             "negative_prompt",
@@ -138,7 +139,7 @@ def test_file_and_flags_are_refused_alike(config_file, refused, name, in_file, a
     """
     script = "data_gen" if name in SETTINGS and "train" not in SETTINGS[name].metadata["scripts"] else "train"
     others = dict(lr=5e-5, max_steps=200, n_embd=128, max_length=1.6)
-    others |= dict(variant="released") if name == "distance" else {}
+    others |= dict(variant="released") if name == "distance" else dict(leave_one_out=True) if name == "n_pos" else {}
     rest = [f"--{k}={v}" for k, v in others.items() if k != name and k in of(script)]
     assert says in refused(config_file(f"{name} = {in_file}"), *rest, script=script)
     assert says in refused(f"--{name}={as_flag}", *rest, script=script)
@@ -392,7 +393,7 @@ def test_shipped_configs_name_what_exists(path):
         module, function = scorer.split(":")
         assert callable(getattr(importlib.import_module(module), function))
     for name in ("data", "seeds", "demos", "prompts", "text"):
-        assert (value := settings.get(name, "")) in ("", "toy") or (ROOT / value).is_file(), (name, value)
+        assert (value := settings.get(name, "")) in ("", "toy", "toy_facts") or (ROOT / value).is_file(), (name, value)
     if (source := settings.get("init_from", "")).endswith(".py"):
         assert load_config("train", [source]).out_dir
 

@@ -1,11 +1,9 @@
 """data: readers and their errors, framing and padding, batches as pure functions, and the toy world."""
 
-import itertools
 import json
 import random
 import re
 import time
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +13,19 @@ import torch
 
 import data
 from configs import Config
-from data import WIDTH, Batches, Group, check_sizes, frame, load_documents, load_groups, pad, read_groups, toy
+from data import (
+    WIDTH,
+    Batches,
+    Group,
+    check_sizes,
+    frame,
+    load_documents,
+    load_groups,
+    pad,
+    read_groups,
+    toy,
+    toy_facts,
+)
 from data.prompts import answer, closing_tokens, few_shot, prompt_for, unquoted
 
 CACHE = Path(__file__).parents[2] / "shared" / "tiktoken_cache"
@@ -741,8 +751,75 @@ def test_toy_documents():
     one = toy.documents(300, 3)
     assert one == toy.documents(300, 3) != toy.documents(300, 4) and len(one) == 300
     assert 0.2 < toy.rudeness(one).mean() < 0.8
-    for prompt in (Config.positive_prompt, Config.negative_prompt):
+    for prompt in (Config.positive_prompt, Config.negative_prompt, Config.neutral_prompt):
         assert sum(prompt.split("{output}")[0].split("{input}")[1] in t for t in one) > 10
+    assert 30 < sum(t in toy_facts.sentences() for t in one) < 90
+
+
+def test_a_neutral_paraphrase_in_the_toy_documents_keeps_event_and_tone():
+    pairs = [p for t in toy.documents(1000, 4) for p in re.findall(r'Sentence: "(.*)"\nParaphrase: "(.*)"\n', t)]
+    read = [(read_toy(a), read_toy(b)) for a, b in pairs]
+    assert len(pairs) > 100 and all(a == b is not None for a, b in read)
+    assert {tone for (_, tone), _ in read} == {"harmless", "toxic"}
+
+
+def test_toy_facts():
+    """36 facts, a third with a new value, which some other fact of the relation has already; the base reads all."""
+    facts = toy_facts.facts()
+    assert len(facts) == 36 and sum(new is not None for *_, new in facts) == 12
+    known = {(relation, old) for relation, _, old, _ in facts}
+    assert all((relation, new) in known and new != old for relation, _, old, new in facts if new)
+    assert len(set(toy_facts.sentences())) == 36 * 9
+    read = {t for t in toy.documents(12_000, 0) if t in toy_facts.sentences()}
+    assert len(read) == 36 * 9
+
+
+def test_toy_facts_are_groups_by_wording():
+    """Of each edited fact five trained wordings, one to validate, three held out; pairs differ in the value alone, and
+    the scorer that plays toxicity's role knows the old one."""
+    groups = load_groups("toy_facts")
+    for split, n in (("train", 5), ("val", 1), ("test", 3)):
+        assert len(groups[split]) == 12
+        for g in groups[split]:
+            assert len(g.positives) == len(g.negatives) == n
+            assert toy_facts.outdated(g.negatives).all() and not toy_facts.outdated(g.positives).any()
+            assert all(len(set(a.split()) ^ set(b.split())) == 2 for a, b in zip(g.positives, g.negatives, strict=True))
+    told = [{s for g in groups[split] for s in g.positives} for split in ("train", "val", "test")]
+    assert not (told[0] & told[1] or told[0] & told[2] or told[1] & told[2])
+
+
+def test_toy_fact_tasks():
+    """Context and right choice are a sentence of the wording; neighbours' right ones are what the base has read."""
+    sizes = dict(toy_efficacy=60, toy_reworded=36, toy_neighbours=216)
+    groups = load_groups("toy_facts")
+    for name in toy_facts.TASKS:
+        items = toy_facts.task(name)
+        assert len(items) == sizes[name] and all(len(set(choices)) == 2 and gold == 0 for _, choices, gold in items)
+        told = [f"{context} {choices[0]}." for context, choices, _ in items]
+        split = dict(toy_efficacy="train", toy_reworded="test").get(name)
+        want = [s for g in groups[split] for s in g.positives] if split else toy_facts.sentences()
+        assert set(told) <= set(want)
+        if split:
+            assert set(told) == set(want)
+            assert toy_facts.outdated([f"{context} {choices[1]}" for context, choices, _ in items]).all()
+
+
+def test_random_negatives_are_of_other_groups(tokenizer):
+    """Behind a group's own N; the same on every call, and the own ones are those drawn without them."""
+    groups = toy.groups()[:6]
+    plain, more = (Batches(groups, tokenizer, 3, 7, 128, 2, 3, n) for n in (0, 4))
+    of = {s: g.id for g in groups for s in g.negatives}
+    for i in range(8):
+        a, b = plain[i], more[i]
+        assert a.ids == b.ids and len(b.idx) == 3 * (2 + 3 + 4)
+        texts = [tokenizer.decode(row[1 : n - 1]) for row, n in zip(b.idx.tolist(), b.lengths.tolist(), strict=True)]
+        own = [tokenizer.decode(row[1 : n - 1]) for row, n in zip(a.idx.tolist(), a.lengths.tolist(), strict=True)]
+        for k, name in enumerate(b.ids):
+            rows = texts[9 * k : 9 * k + 9]
+            assert rows[:5] == own[5 * k : 5 * k + 5]
+            assert name not in {of[t] for t in rows[5:]}
+        assert torch.equal(b.idx, more[i].idx)
+    assert len({of[t] for t in texts[5:9]}) > 1
 
 
 def test_load_documents_of_the_toy_world():

@@ -20,7 +20,7 @@ import data
 import eval as evaluation
 import train
 from configs import Config, load_config
-from data import toy
+from data import toy, toy_facts
 from measures import report
 from measures.groups import measure_groups
 from measures.published import EXPECTED, TOXICITY
@@ -231,6 +231,7 @@ def reference_task(folder, tokenizer, path):
             for name, size in (("acc", [1] * len(ll)), ("acc_norm", characters), ("acc_token", count)):
                 best = max(range(len(ll)), key=lambda i: ll[i] / size[i])  # noqa: B023
                 right.setdefault(name, []).append(best == item["gold"])
+            right.setdefault("probability", []).append(math.exp(ll[item["gold"]]))
         else:
             right.setdefault("acc", []).append(greedy)
             loglikelihoods.append(ll[0])
@@ -257,7 +258,8 @@ def assert_task_is_the_references(folder, tokenizer, path, monkeypatch):
     assert max(abs(seen[k] - lls[k]) for k in lls) < 1e-3 and np.mean([abs(seen[k] - lls[k]) for k in lls]) < 1e-4
     assert got.keys() == want.keys()
     for name in want:
-        assert got[name] == (pytest.approx(want[name], rel=1e-5) if name == "ppl" else pytest.approx(want[name])), name
+        rough = dict(ppl=1e-5, probability=1e-3)
+        assert got[name] == pytest.approx(want[name], rel=rough.get(name)), name
     return got
 
 
@@ -308,7 +310,7 @@ def test_task_scores_do_not_depend_on_the_batch_size(nets, tokenizer, toy_tasks,
     whole = [task_scores(nets[0], tokenizer, toy_tasks / f"{t}.jsonl") for t in ("choice", "word")]
     monkeypatch.setattr("measures.groups.TOKENS", 1)
     single = [task_scores(nets[0], tokenizer, toy_tasks / f"{t}.jsonl") for t in ("choice", "word")]
-    assert whole[0] == single[0] and whole[1] == pytest.approx(single[1], rel=1e-5)
+    assert whole[0] == pytest.approx(single[0], rel=1e-5) and whole[1] == pytest.approx(single[1], rel=1e-5)
 
 
 def test_acc_of_a_continuation_is_all_its_tokens(nets, tokenizer):
@@ -590,7 +592,7 @@ def test_other_scorers_judge_the_same_samples():
     first, other = Named(by_length), Named(by_vowels)
     for prompts, size in ((["x", "y", "z"], (3, 2)), (["", "", ""], (6, 1))):
         one = drawn(prompts, texts)
-        found = judged(measure_samples, one, "prompted", [first, other, first])
+        found = judged(measure_samples, one, "prompted", [first, other, first], False)
         assert list(found) == ["prompted", "prompted, by by_vowels", "prompted, by by_length"]
         alone = measure_samples(one, first)
         assert all(np.array_equal(found["prompted"][k], v, equal_nan=True) for k, v in alone.items())
@@ -694,18 +696,30 @@ def asked(monkeypatch):
     return asked
 
 
-def shown_demonstrations(prompt):
-    return re.findall(r'Sentence: "(.*)"\nPolite: "(.*)"\n', prompt)
+def shown_demonstrations(prompt, asked="Polite"):
+    return re.findall(rf'Sentence: "(.*)"\n{asked}: "(.*)"\n', prompt)
+
+
+def test_a_neutral_rewriting_keeps_the_tone_of_its_demonstrations(tokenizer, asked):
+    """Without --polite: a positive's paraphrase, then a negative's, in turn, under the neutral prompt."""
+    groups, sentence = toy.groups()[:6], "Anna burned the toast."
+    rewrite(network(0, tokenizer.n_vocab, 400), tokenizer, groups, [sentence], config(shots=4), 0)
+    ((prompt,), _, _) = asked[-1]
+    shots = shown_demonstrations(prompt, "Paraphrase")
+    assert prompt.endswith(f'Sentence: "{sentence}"\nParaphrase: "') and "Polite" not in prompt
+    assert [toy.rudeness(pair).tolist() for pair in shots] == [[0, 0], [1, 1], [0, 0], [1, 1]]
+    assert len({s for pair in shots for s in pair}) == 8
+    assert all(toy.read_event(a) == toy.read_event(b) is not None for a, b in shots)
 
 
 def test_rewriting_shows_demonstrations_as_many_as_fit(tokenizer, asked):
-    """negative -> positive of `shots` groups; the first ones are left out where the context is short."""
+    """--polite: negative -> positive of `shots` groups; the first ones are left out where the context is short."""
     groups, sentence = toy.groups()[:6], "Anna burned the toast."
     pairs = {(g.negatives[0], g.positives[0]) for g in groups}
     counts, before = [], None
     for n in (400, 300, 200, 150, 110, 80, 50):
         model = network(0, tokenizer.n_vocab, n)
-        texts, _ = rewrite(model, tokenizer, groups, [sentence], config(shots=4), 0)
+        texts, _ = rewrite(model, tokenizer, groups, [sentence], config(shots=4, polite=True), 0)
         (prompt,), max_new, _ = asked[-1]
         shots = shown_demonstrations(prompt)
         assert texts == ["Fine."] and set(shots) <= pairs and len(set(shots)) == len(shots)
@@ -719,7 +733,7 @@ def test_rewriting_shows_demonstrations_as_many_as_fit(tokenizer, asked):
             assert len(tokenizer.encode_ordinary(more + prompt)) + 1 + max_new > n
         counts.append(len(shots))
     assert counts[0] == 4 and counts[-1] == 0 and len(set(counts)) >= 4
-    other = config(shots=4, seed=1)
+    other = config(shots=4, seed=1, polite=True)
     rewrite(network(0, tokenizer.n_vocab, 400), tokenizer, groups, [sentence], other, 0)
     assert shown_demonstrations(asked[-1][0][0]) != before  # which groups is the seed's choice
 
@@ -738,7 +752,7 @@ def test_a_sentence_too_long_for_the_context_has_no_rewrite(tokenizer, asked):
 def test_quotation_marks_do_not_end_the_example(tokenizer, asked):
     model = network(0, tokenizer.n_vocab, 64)
     rewrite(model, tokenizer, [], [' He said "no" to Ben. '], config(shots=0), 0)
-    assert asked[-1][0] == ['Sentence: "He said \'no\' to Ben."\nPolite: "']
+    assert asked[-1][0] == ['Sentence: "He said \'no\' to Ben."\nParaphrase: "']
 
 
 def test_a_rewrite_ends_at_the_closing_quote(tokenizer, asked):
@@ -773,6 +787,40 @@ def test_measures_of_rewrites(nets, tokenizer, monkeypatch):
     assert flat["rewrite_closed"] == [1, None, 0, 1] and flat["rewrite_toxicity"][3] == 1
     assert flat["rewrite_toxicity"][1] is None and flat["rewrite_toxicity"][0] == 0
     assert flat["rewrite_rouge_l"][0] == pytest.approx(2 * 1 / (5 + 2)) and flat["rewrite_rouge_l"][1] is None
+    assert "rewrite_same_event" not in rows
+
+
+def test_a_rewrite_tells_the_same_event():
+    """By the toy world's grammar, where it is known: another person, half a sentence or no answer is not the event."""
+    one = "Anna from the bakery burned the toast this morning."
+    texts = [
+        "Early today, this kind cook Anna let the toast burn, and that is fine.",
+        "It seems that this damn jerk Anna burned the toast early today, and Anna is a jerk.",
+        "Early today, this kind cook Ben let the toast burn, and that is fine.",
+        "Early today, this kind cook Anna let the toast",
+        None,
+    ]
+    drawn = dict(inputs=[one] * 5, texts=texts, closed=[True] * 5)
+    assert measure_rewrites(drawn, rude, toy.same_event)["rewrite_same_event"].ravel().tolist() == [1, 1, 0, 0, 0]
+
+
+def test_the_scorer_may_see_a_sample_behind_its_prompt():
+    """With judge_whole; else the sample alone is judged."""
+    one = dict(prompts=["Oh damn", "Oh"], texts=[[" it", " no"], [" it", " damn"]], phi=[[1.0, 1.0], [1.0, 1.0]])
+    assert measure_samples(one, rude)["toxicity_fraction"].tolist() == [[0, 0], [0, 1]]
+    assert measure_samples(one, rude, True)["toxicity_fraction"].tolist() == [[1, 1], [0, 1]]
+
+
+def test_a_framed_task_begins_with_the_end_token(nets, tokenizer):
+    """frame_tasks: the choices' scores are those of the sentence behind the end token, as in training."""
+    items, end = toy_facts.task("toy_efficacy")[:5], tokenizer.eot_token
+    got = measure_task(nets[0], tokenizer, items, framed=True)["probability"]
+    for (context, choices, gold), p in zip(items, got, strict=True):
+        ids, whole = ([end, *tokenizer.encode_ordinary(t)] for t in (context, f"{context} {choices[gold]}"))
+        logits = nets[0](torch.tensor([whole]))[0].log_softmax(-1)
+        want = sum(logits[i - 1, whole[i]].item() for i in range(len(ids), len(whole)))
+        assert p == pytest.approx(math.exp(want), rel=1e-4)
+    assert got.tolist() != measure_task(nets[0], tokenizer, items)["probability"].tolist()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1063,7 +1111,7 @@ def no_test_groups(tmp_path, few):
         (["--scorer=ngram,nowhere:f"], "scorer 'nowhere:f' cannot be loaded"),
         (["--scorer=nowhere:f"], "scorer 'nowhere:f' cannot be loaded"),
         (["--data={}/nowhere.jsonl"], "no group file at {}/nowhere.jsonl"),
-        (["--base={}/other"], "{}/other has a vocabulary of 300, the tokenizer one of 468"),
+        (["--base={}/other"], "{}/other has a vocabulary of 300, the tokenizer one of 537"),
         (["--ckpt={}/other"], "{}/other is no checkpoint of train.py, so what is it to be compared with? Give --base"),
         (["--data={}/untested.jsonl"], "{}/untested.jsonl has no test groups"),
         (["--data={}/untested.jsonl", "--parts=drift"], "{}/untested.jsonl has no test groups"),
@@ -1207,7 +1255,8 @@ def test_an_interrupted_evaluation_goes_on(run, counted, fail):
         (["--temperature=0.5"], {"draw_samples": 6, "draw_rewrites": 2}),
         (["--seed=1"], {"draw_samples": 6, "draw_rewrites": 2}),
         (["--k=2"], {"draw_samples": 6}),
-        (["--shots=0"], {"draw_rewrites": 2}),
+        (["--shots=2"], {"draw_rewrites": 2}),
+        (["--polite"], {"draw_rewrites": 2}),
         (["--scorer=ngram"], {"draw_samples": 4}),  # it cuts other prompts; what it judges is not sampled again
         (["--dtype=bfloat16"], dict(measure_groups=2, draw_samples=6, draw_rewrites=2, measure_drift=2)),
     ],
@@ -1491,7 +1540,15 @@ def test_an_interrupted_rewriting_goes_on(run, comments, monkeypatch):
 
 @pytest.mark.parametrize(
     "change",
-    [["--temperature=0.5"], ["--seed=4"], ["--shots=0"], ["--scorer=ngram"], ["--data=toy"], ["--dtype=bfloat16"]],
+    [
+        ["--temperature=0.5"],
+        ["--seed=4"],
+        ["--shots=2"],
+        ["--polite"],
+        ["--scorer=ngram"],
+        ["--data=toy"],
+        ["--dtype=bfloat16"],
+    ],
 )
 def test_rewriting_with_another_setting_starts_over(run, comments, change):
     """The result is that of a fresh run: no line of it is an older one's."""

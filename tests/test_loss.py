@@ -162,6 +162,29 @@ def test_detach_centroid(distance):
         assert p_held[g, k].item() == pytest.approx((ends[0] - ends[1]) / (2 * h), abs=1e-7)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("P", [2, 5])
+def test_leave_one_out(variant, P):
+    """Each positive's distance is that from the mean of the others, term by term; negatives' from the mean of all."""
+    pos, neg = draw(2, P, 4, seed=1)
+    want, flat = 0.0, [x for side in pos for x in side]
+    for p, n in zip(pos, neg, strict=True):
+        every = flat if variant == "released" else p
+        c = sum(every) / len(every)
+        near = [abs(x - (sum(every) - x) / (len(every) - 1)) for x in p]
+        far = [abs(x - c) for x in n]
+        if variant == "paper":
+            a, b = (sum(math.exp(-d / 0.5) for d in side) for side in (near, far))
+            want -= math.log(a / (a + 1.2 * b)) / 2
+        else:
+            logits = [math.exp(-d) / 0.5 for d in near] + [math.exp(-d) / 0.5 + 1.2 for d in far]
+            norm = math.log(sum(math.exp(x) for x in logits))
+            want -= sum(x - norm for x in logits[:P]) / (P + 1) / 2
+    assert value(pos, neg, tau=0.5, alpha=1.2, variant=variant, leave_one_out=True) == pytest.approx(want, abs=1e-9)
+    with pytest.raises(ValueError, match="leave_one_out .*P must be at least 2"):
+        value([[1.0]], [[2.0]], leave_one_out=True)
+
+
 def test_detach_centroid_in_the_released_variant():
     """There as well: the same loss and negatives' gradients, other ones for the positives."""
     pos, neg = draw(2, 3, 4, seed=1)
