@@ -13,7 +13,8 @@ from measures.groups import measure_groups, scores
 from measures.statistics import dist_n, repetition
 
 CLOSING = 250  # free samples, and prompted ones, of train.py's closing table
-ROWS = 256  # rows per generated batch
+ROWS = 256  # rows per generated batch, fewer if they are long:
+CACHED = 32_768  # positions of a batch, whose keys and values take 2.4 GB in fp32 at GPT-2's size
 BEGINNING = 400  # characters (some 65 words) of a sentence to cut a prompt from: each word is a text to score
 
 
@@ -30,7 +31,8 @@ def continue_prompts(model, tokenizer, prompts, config, seed, k=1, max_new=None,
             "lower --sample_tokens or --shots, or shorten it"
         )
     stop = tokenizer.eot_token if stop is None else stop
-    generator, out, n = torch.Generator().manual_seed(seed), [], max(1, ROWS // k)
+    generator, out = torch.Generator().manual_seed(seed), []
+    n = max(1, min(ROWS, CACHED // (longest + max_new)) // k)  # prompts per batch
     with tqdm(total=len(begun) * k, desc=what, leave=False, delay=1, disable=what is None) as bar:
         for i in range(0, len(begun), n):
             idx, lengths = data.pad(begun[i : i + n])

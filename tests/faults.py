@@ -445,11 +445,13 @@ def spoil_models(saved):
 def spoil_runs(last):
     """Folders of runs in which something is missing, foreign or damaged."""
     names = "half narrow renamed half_dictionary no_best cut_last cut_log cut_config bad_summary gone_base busy".split()
+    best = torch.load("run/best.pt", weights_only=True)
     for name in names:
         shutil.copytree("run", name)
         if name.split("_")[0] not in ("bad", "gone", "busy"):
             Path(name, "summary.json").unlink()
             torch.save(last | dict(step=2), f"{name}/last.pt")
+            torch.save(best | dict(step=2), f"{name}/best.pt")  # which may be of a later step
     torch.save(last | dict(step=2, model=tiny(width=32).state_dict()), "narrow/last.pt")
     shutil.copy("run/best.pt", "renamed/last.pt")
     torch.save({k: v for k, v in last.items() if k != "optimizer"}, "half_dictionary/last.pt")
@@ -457,8 +459,7 @@ def spoil_runs(last):
     Path("cut_log/log.jsonl").write_text('{"step": 0\n{"split": 1}\n[]\n')
     Path("cut_config/config.json").write_text('{"out_dir": ')
     Path("bad_summary/summary.json").write_text('{"tuned": ')
-    saved = torch.load("run/best.pt", weights_only=True)
-    torch.save(saved | dict(config=saved["config"] | dict(init_from="gone")), "gone_base/best.pt")
+    torch.save(best | dict(config=best["config"] | dict(init_from="gone")), "gone_base/best.pt")
     with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), mock.patch.object(GPT, "generate", parrot()):
         for name in ("made", "logless", "cut_groups_log"):
             data_gen.main(["gen.py", f"--out_dir={name}"])
@@ -617,9 +618,9 @@ def mutate_json(rng, raw):
 @or_bytes
 def mutate_tensors(rng, raw, legacy=False):
     """The same of a file that torch.save wrote; tensors become others, too."""
-    others = [torch.zeros(3), torch.zeros(2, 2), torch.zeros(468, 16).half(), torch.full((16,), float("nan"))]
-    others += [torch.zeros(16, dtype=torch.long), torch.zeros(0), torch.tensor(1), torch.zeros(468, 16).to_sparse()]
-    others += [torch.zeros(16, dtype=torch.complex64), torch.zeros(468, 16, device="meta")]
+    others = [torch.zeros(3), torch.zeros(2, 2), torch.zeros(537, 16).half(), torch.full((16,), float("nan"))]
+    others += [torch.zeros(16, dtype=torch.long), torch.zeros(0), torch.tensor(1), torch.zeros(537, 16).to_sparse()]
+    others += [torch.zeros(16, dtype=torch.complex64), torch.zeros(537, 16, device="meta")]
     value, file = mutate_value(rng, torch.load(io.BytesIO(raw), weights_only=True), NONSENSE + others), io.BytesIO()
     torch.save(value, file, _use_new_zipfile_serialization=not legacy)
     return file.getvalue()
@@ -809,8 +810,8 @@ def read_seeds(path):
 def extend():
     """What the targets need beside the world. For the working folder."""
     shutil.copytree("run", "half"), Path("half/summary.json").unlink()
-    last = torch.load("run/last.pt", weights_only=True)
-    torch.save(last | dict(step=2), "half/last.pt")
+    for name in ("last.pt", "best.pt"):
+        torch.save(torch.load(f"run/{name}", weights_only=True) | dict(step=2), f"half/{name}")
     shutil.copytree("base", "bin"), Path("bin/model.safetensors").unlink()
     torch.save(
         {k: v.t() if "c_" in k and v.dim() == 2 else v for k, v in tiny().state_dict().items()}, "bin/pytorch_model.bin"
