@@ -6,6 +6,9 @@ demonstrations and of framed sentences, so this file lies above model.py and dat
 
 Nucleus: DExperts and Sasa give as `plain` the logits that the model has by itself, and `generate` draws what lies in
 the nucleus of those. So no token is said that the model finds implausible, however much the steering likes it.
+
+Not here: UDDIA (Yang et al. 2022, arXiv 2210.04492), which tunes bias terms at every token. It needs gradients while
+`generate` runs, a cache that is computed again when the biases have moved, and a loss of toxicity for each token.
 """
 
 from dataclasses import dataclass
