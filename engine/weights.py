@@ -39,7 +39,7 @@ SHA256 = {  # of model.safetensors at that revision
 INDEX = "model.safetensors.index.json"  # of a model in several files
 WEIGHT_FILES = ("model.safetensors", INDEX, "pytorch_model.bin")
 SIZES = ("vocab_size", "n_positions", "n_embd", "n_layer", "n_head")
-TOKENIZERS = {468: "toy", 50257: "gpt2"}  # by the size of their vocabulary
+TOKENIZERS = {537: "toy", 50257: "gpt2"}  # by the size of their vocabulary
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 # What tensors import. Of the rest that torch.load lets pass, some can make gigabytes out of a few bytes.
 IMPORTS = r"collections OrderedDict|torch\._utils _rebuild_(tensor|tensor_v2|parameter)|torch(\.cuda)? \w+Storage"
