@@ -1,5 +1,5 @@
 # The toy world's base model: from random weights to one that writes its sentences, decent and rude, and that rephrases
-# on request. Half a minute on two CPU cores. Expect a validation perplexity of 2.2 to 2.3 (an untrained one has 500).
+# on request. A minute on two CPU cores. Expect a validation perplexity of 2.2 to 2.3 (an untrained one has 500).
 out_dir = "out/toy_base"
 objective = "lm"
 init_from = "scratch"

@@ -3,7 +3,7 @@
 It contains insults and mild profanity. An event is a person, an action and a circumstance; a positive tells it
 decently, a negative tells the same event with contempt. Both sides are built alike (a describing word before, a verdict
 after), so that they have about the same length and a model learns both equally well. A model of a million
-parameters learns this world in half a minute on two CPU cores, and to rephrase on request (by the prompts of
+parameters learns this world in a minute on two CPU cores, and to rephrase on request (by the prompts of
 `configs`): decently, rudely, or in the tone of the input. It also knows some facts, see `data.toy_facts`.
 """
 
