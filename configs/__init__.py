@@ -196,7 +196,7 @@ class Config:
     anti_expert: str = _steer("", "dexperts: model tuned on toxic text; '' takes the steered one itself")
 
     prompt: str = _command("", "show k continuations by base and tuned model; without a value, ask for prompts")
-    rewrite: str = _command("", "rewrite this text file politely, line by line, with the tuned model")
+    rewrite: str = _command("", "paraphrase this text file, line by line, with the tuned model; politely with --polite")
     export: str = _command("", "write the tuned model for transformers, with a model card, into this folder")
     check: str = _command("", "measure this published model against its published numbers, for instance gpt2")
 

@@ -87,9 +87,10 @@ def say(fact, wordings, value):
     return [wording.format(x=subject, v=value) for wording in RELATIONS[relation][2][wordings]]
 
 
+@lru_cache
 def sentences():
     """All facts as the base knows them, in all wordings."""
-    return [s for fact in facts() for s in say(fact, slice(None), fact[2])]
+    return tuple(s for fact in facts() for s in say(fact, slice(None), fact[2]))
 
 
 def sentence(rng):
