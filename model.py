@@ -10,6 +10,8 @@ Shapes: B sequences, T positions, C channels (n_embd), V vocabulary, N positions
 import copy
 import math
 from dataclasses import asdict, dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import torch.nn as nn
@@ -31,8 +33,41 @@ class GPTConfig:
     n_head: int = 12
 
 
+class Pack(NamedTuple):
+    """Where N packed positions belong in B rows of T: their places in the flattened rectangle (N,), `mask` if attention
+    is not plainly causal, and the packed `starts` of the rows (B + 1,) int32 where attention needs no rectangle."""
+
+    index: torch.Tensor
+    B: int
+    T: int
+    mask: torch.Tensor = None
+    starts: torch.Tensor = None
+
+
+class States(NamedTuple):
+    """Hidden states h (N, C) that predict the N scored tokens of some rows, one row after another; the rows and the
+    tokens, (N,) each; and how many a row has, count (B,), with `sizes` its copy on the CPU."""
+
+    h: torch.Tensor
+    rows: torch.Tensor
+    tokens: torch.Tensor
+    count: torch.Tensor
+    sizes: torch.Tensor
+
+    def means(self, values):
+        """Means (B,) fp32 of the values (N,) of each row."""
+        return (row_sums(values, self.rows, len(self.sizes)) / self.count).float()
+
+    def split(self, B):
+        """The States of the first B rows and those of the others."""
+        n = int(self.sizes[:B].sum())
+        parts = (x.split([k, len(x) - k]) for x, k in zip(self, (n, n, n, B, B), strict=True))
+        first, others = map(States._make, zip(*parts, strict=True))
+        return first, others._replace(rows=others.rows - B)
+
+
 class Attention(nn.Module):
-    """Causal self-attention. x is (B, T, C), or (N, C) without its padding if `pack` says where the rows belong."""
+    """Causal self-attention. x is (B, T, C), or (N, C) without its padding if a Pack says where the rows belong."""
 
     def __init__(self, config):
         super().__init__()
@@ -44,9 +79,14 @@ class Attention(nn.Module):
         qkv = self.c_attn(x)
         mask = shared = None
         if pack is not None:
+            index, B, T, mask, starts = pack
+            if starts is not None and qkv.dtype != torch.float32:
+                q, k, v = qkv.view(len(x), 3, self.n_head, -1).unbind(1)  # each (N, nh, hs)
+                causal = dict(window_size=(-1, 0))  # all to the left, nothing to the right
+                y = packed_attention(x.device)(q, k, v, starts, starts, T, T, **causal)
+                return self.c_proj(y.flatten(1))
             # Only attention needs the rectangle; all else works position by position, without padding. Rows are padded
             # on the right and attention is causal, so that no real token sees padding.
-            index, B, T, mask = pack
             qkv = qkv.new_zeros(B * T, qkv.size(-1)).index_copy(0, index, qkv).view(B, T, -1)
         B, T, C3 = qkv.shape
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).unbind(2)  # each (B, T, nh, hs)
@@ -57,6 +97,18 @@ class Attention(nn.Module):
         y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, shared)
         y = y.transpose(1, 2).reshape(B, T, C3 // 3)
         return self.c_proj(y if pack is None else y.view(B * T, -1).index_select(0, index))
+
+
+@lru_cache
+def packed_attention(device):
+    """torch's attention over packed rows if it is there: on CUDA from sm80 on, in half precision. Else None."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return None
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # late: it takes a second
+    except ImportError:
+        return None
+    return varlen_attn
 
 
 def _attend(q, k, v, mask, shared):
@@ -188,9 +240,8 @@ class GPT(nn.Module):
     # ------------------------------------------------------------------------------------------------------------
     # scores
 
-    def _scored(self, idx, lengths, start=None):
-        """Hidden states at the positions that predict a scored token: (N, C), with their row and column, (N,) each, and
-        the number of such tokens in a row (B,). Scored are the real tokens from position `start` (B,) on, default 1."""
+    def read(self, idx, lengths, start=None):
+        """The States of framed, right-padded rows, see `sequence_nll`. Raises ValueError on impossible lengths."""
         B, T = idx.size(0), idx.size(1) - 1
         if lengths.shape != (B,) or lengths.min() < 2 or lengths.max() > T + 1:
             raise ValueError(f"lengths must be ({B},) in 2..{T + 1} (start token included), got {lengths.tolist()}")
@@ -198,16 +249,26 @@ class GPT(nn.Module):
         lengths, start = lengths.cpu(), torch.ones(B).long() if start is None else start.cpu().clamp(min=1)
         if (lengths <= start).any():
             raise ValueError("nothing to score: `start` lies behind the end of a row")
+        sizes, before = lengths - start, F.pad((lengths - 1).cumsum(0), (1, 0))
         rows, cols = (torch.arange(T) < lengths[:, None] - 1).nonzero().unbind(1)  # (N,) each
         keep = (cols + 1 >= start[rows]).nonzero()[:, 0]
-        flat = torch.cat([rows, cols, keep, lengths - start])  # in one copy, pinned so that nothing waits for it
+        flat = torch.cat([rows, cols, keep, sizes, before])  # in one copy, pinned so that nothing waits for it
         flat = (flat.pin_memory() if idx.is_cuda else flat).to(idx.device, non_blocking=True)
-        rows, cols, keep, count = flat.split([len(rows), len(rows), len(keep), B])
+        rows, cols, keep, count, before = flat.split([len(rows), len(rows), len(keep), B, B + 1])
+        starts = before.int() if packed_attention(idx.device) else None
         hidden = self.compiled_hidden if self.compiled_hidden and torch.is_grad_enabled() else self.hidden
-        h = hidden(idx[rows, cols], cols, pack=(rows * T + cols, B, T, None))
+        h = hidden(idx[rows, cols], cols, Pack(rows * T + cols, B, T, None, starts))
         if len(keep) < len(h):
             h, rows, cols = (x.index_select(0, keep) for x in (h, rows, cols))
-        return h, rows, cols, count
+        return States(h, rows, idx[rows, cols + 1], count, sizes)
+
+    def nll(self, states):
+        """Mean negative log-likelihood per scored token of a row (B,), nats, fp32."""
+        return states.means(head.nll(states.h, self.lm_head.weight, states.tokens))
+
+    def kl(self, states, base, states_of_base):
+        """Mean KL(base || self) per scored token of a row (B,), nats, fp32; differentiable in self only."""
+        return states.means(head.kl(states.h, self.lm_head.weight, states_of_base.h, base.lm_head.weight))
 
     def sequence_nll(self, idx, lengths, start=None):
         """Score phi: the mean negative log-likelihood per scored token.
@@ -220,9 +281,7 @@ class GPT(nn.Module):
         Shape: (B,) nats, fp32. Memory does not grow with B * T * V, see engine/head.py. Keep lengths on the CPU: then
         nothing waits for the GPU. Raises ValueError on impossible lengths.
         """
-        h, rows, cols, count = self._scored(idx, lengths, start)
-        nll = head.nll(h, self.lm_head.weight, idx[rows, cols + 1])  # (N,)
-        return (row_sums(nll, rows, idx.size(0)) / count).float()
+        return self.nll(self.read(idx, lengths, start))
 
     def sequence_kl(self, base, idx, lengths, start=None):
         """Mean KL(base || self) per scored token: how far this model moved from `base` on these texts.
@@ -230,10 +289,8 @@ class GPT(nn.Module):
         Shapes as in `sequence_nll`; (B,) nats, fp32, differentiable in self only, chunked as the head is.
         """
         with torch.no_grad():
-            h_base = base._scored(idx, lengths, start)[0]
-        h, rows, _, count = self._scored(idx, lengths, start)
-        per_token = head.kl(h, self.lm_head.weight, h_base, base.lm_head.weight)
-        return (row_sums(per_token, rows, idx.size(0)) / count).float()
+            states_of_base = base.read(idx, lengths, start)
+        return self.kl(self.read(idx, lengths, start), base, states_of_base)
 
     # ------------------------------------------------------------------------------------------------------------
     # generation

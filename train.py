@@ -91,18 +91,19 @@ def objective(model, base, batch, config):
 
     Rows of idx: group after group, its P positives, then its N negatives; B = G (P + N).
     """
-    idx = batch.idx.to(model.device, non_blocking=True)  # (B, T)
-    tokens = (batch.lengths - 1).to(model.device, non_blocking=True)  # (B,), the start token is not scored
-    phi = model.sequence_nll(idx, batch.lengths)  # (B,)
+    idx, lengths, start = batch.rows()  # the groups' B rows, then those of the anchor, in one forward pass
+    idx, B = idx.to(model.device, non_blocking=True), len(batch.idx)
+    states, anchor = model.read(idx, lengths, start).split(B)
+    phi = model.nll(states)  # (B,)
     if config.objective == "lm":
-        return language_modelling(phi, tokens), {}
+        return language_modelling(phi, states.count), {}
 
     sides = lambda x: x.view(len(batch.ids), -1).tensor_split([config.n_pos], dim=1)  # (G, P), (G, N)
     pos, neg = sides(phi)
-    given = vars(config) | dict(zip(("pos", "neg"), sides(scaled(phi, tokens, config.score)), strict=True))
+    given = vars(config) | dict(zip(("pos", "neg"), sides(scaled(phi, states.count, config.score)), strict=True))
     if batch.base is not None:
         before = batch.base.to(phi.device)  # (B,)
-        given |= zip(("base_pos", "base_neg"), sides(scaled(before, tokens, config.score)), strict=True)
+        given |= zip(("base_pos", "base_neg"), sides(scaled(before, states.count, config.score)), strict=True)
     cp = OBJECTIVES[config.objective](**{name: given[name] for name in arguments(config) if name in given})
     loss = config.cp_weight * cp + config.nll_weight * pos.mean()  # over sentences; anchor_*: over tokens
     log, diagnostics = {"cp": cp.detach(), "nll": pos.detach().mean()}, diagnose(pos, neg)
@@ -110,15 +111,14 @@ def objective(model, base, batch, config):
     if config.hold_weight:
         hold = (pos - sides(before)[0]).square().mean()
         loss, log["hold"] = loss + config.hold_weight * hold, hold.detach()
-    if anchor := batch.anchor:
-        rows = anchor.idx.to(model.device, non_blocking=True), anchor.lengths, anchor.start
-        count = (anchor.lengths - anchor.start).to(model.device)
-        if config.anchor_kl:
-            kl = language_modelling(model.sequence_kl(base, *rows), count)
-            loss, log["anchor_kl"] = loss + config.anchor_kl * kl, kl.detach()
-        if config.anchor_nll:
-            nll = language_modelling(model.sequence_nll(*rows), count)
-            loss, log["anchor_nll"] = loss + config.anchor_nll * nll, nll.detach()
+    if config.anchor_kl:
+        with torch.no_grad():
+            states_of_base = base.read(idx[B:], lengths[B:], start[B:])
+        kl = language_modelling(model.kl(anchor, base, states_of_base), anchor.count)
+        loss, log["anchor_kl"] = loss + config.anchor_kl * kl, kl.detach()
+    if config.anchor_nll:
+        nll = language_modelling(model.nll(anchor), anchor.count)
+        loss, log["anchor_nll"] = loss + config.anchor_nll * nll, nll.detach()
     return loss, log
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import tiktoken
 import torch
+from torch.nn import functional as F
 
 from configs import find
 from data import toy, toy_facts
@@ -172,6 +173,14 @@ class Batch:
     def tokens(self):
         """Scored tokens."""
         return int((self.lengths - 1).sum())
+
+    def rows(self):
+        """idx, lengths, and from where on they are scored, of its own B rows and then of the texts that go along."""
+        parts = [self, self.anchor] if self.anchor else [self]
+        T = max(part.idx.size(1) for part in parts)
+        idx = torch.cat([F.pad(part.idx, (0, T - part.idx.size(1))) for part in parts])
+        start = torch.cat([torch.ones_like(p.lengths) if p.start is None else p.start for p in parts])
+        return idx, torch.cat([part.lengths for part in parts]), start
 
 
 class Batches:

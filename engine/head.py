@@ -6,9 +6,10 @@ Shapes: N positions, C channels, V vocabulary. Logits exist for a chunk of posit
 import torch
 from torch.nn import functional as F
 
-CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, whatever N and V are; eight times as many on CUDA
-ALIGN = {"cuda": 64}  # rows of the weights, see cast_weight
+CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, whatever N and V are
 KEEP = 2**27  # numbers (N x V) kept for the backward pass; of more positions than that they are computed again
+LARGER = {"cuda": 8}  # times as many of both
+ALIGN = {"cuda": 64}  # rows of the weights, see cast_weight
 
 
 def compute_dtype(tensor):
@@ -41,7 +42,7 @@ def fp32_logits(h, weight):
 
 def logit_chunks(h, weight, V=None):
     """Yields (slice of rows, their first V fp32 logits) of h (N, C), CHUNK numbers at a time, without gradients."""
-    n = max(1, CHUNK * (8 if h.is_cuda else 1) // weight.size(0))
+    n = max(1, CHUNK * LARGER.get(h.device.type, 1) // weight.size(0))
     for i in range(0, len(h), n):
         rows = slice(i, i + n)
         yield rows, fp32_logits(h[rows], weight)[:, :V]
@@ -68,7 +69,8 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, truth, weight_base, with_grad):
         ctx.dtype = compute_dtype(weight)
-        keep = with_grad and any(ctx.needs_input_grad) and len(h) * len(weight) <= KEEP
+        ctx.room = KEEP * LARGER.get(h.device.type, 1)
+        keep = with_grad and any(ctx.needs_input_grad) and len(h) * len(weight) <= ctx.room
         with torch.autocast(h.device.type, enabled=False):
             h_, weight_, truth_, weight_base_ = _cast(ctx.dtype, h, weight, truth, weight_base)
             kept = h_.new_empty(len(h), len(weight_)) if keep else None
@@ -83,7 +85,7 @@ class _HeadLoss(torch.autograd.Function):
             h_, weight_, truth_, weight_base_ = _cast(ctx.dtype, h, weight, truth, weight_base)
             dh, gh = torch.empty_like(h), h * grad[:, None]
             dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the embedding is frozen
-            n = max(1, KEEP // len(weight))  # at least N if it was kept
+            n = max(1, ctx.room // len(weight))  # at least N if it was kept
             for i in range(0, len(h), n):
                 rows, residual = slice(i, i + n), kept
                 if residual is None:
@@ -108,21 +110,21 @@ def _cast(dtype, h, weight, truth, weight_base):
 def _losses(h, weight, truth, weight_base, V, residual):
     """Losses (N,), chunk by chunk. The softmax p (of KL: p - q) goes into residual (N, V or more) unless it is None."""
     losses = []
-    if residual is not None:
-        residual[:, V:] = 0
-    for rows, logits in logit_chunks(h, weight, V):
+
+    def log_softmax(logits):
+        logits[:, V:] = -1e30  # no mass behind the vocabulary; a slice would be copied first
+        return logits.log_softmax(-1)
+
+    for rows, logits in logit_chunks(h, weight):
+        logp = log_softmax(logits)
         if weight_base is not None:
-            logp, logq = logits.log_softmax(-1), fp32_logits(truth[rows], weight_base)[:, :V].log_softmax(-1)
+            logq = log_softmax(fp32_logits(truth[rows], weight_base))
             q = logq.exp()
             losses.append(logq.sub_(logp).mul_(q).sum(-1))
             if residual is not None:
-                residual[rows, :V] = logp.exp_().sub_(q)
-        elif residual is None:
-            losses.append(F.cross_entropy(logits, truth[rows], reduction="none"))
+                residual[rows] = logp.exp_().sub_(q)
         else:
-            logits.sub_(logits.amax(-1, keepdim=True))  # first: numbers near -100 have few digits behind the point
-            wanted = logits.gather(1, truth[rows, None])
-            total = logits.exp_().sum(-1, keepdim=True)
-            losses.append((total.log() - wanted)[:, 0])
-            residual[rows, :V] = logits.div_(total)
+            losses.append(-logp.gather(1, truth[rows, None])[:, 0])
+            if residual is not None:
+                torch.exp(logp, out=residual[rows])
     return torch.cat(losses)

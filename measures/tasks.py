@@ -22,7 +22,7 @@ from engine.run import atomic_write, read_records
 from engine.weights import download
 from measures.groups import token_batches
 from measures.report import MEASURES
-from model import row_sums
+from model import Pack, row_sums
 
 # name -> address and sha256 of the published file
 SOURCES = {
@@ -154,13 +154,13 @@ def choice_nll(model, contexts, choices):
         mask = (part[:, None] == 0) | (part[:, None] == part[:, :, None])
         mask = (mask & (pos[:, None] <= pos[:, :, None]))[:, None]  # (B, 1, Tq, Tk)
     index = (part >= 0).flatten().nonzero()[:, 0]
-    h = model.hidden(idx.flatten()[index], pos.flatten()[index], pack=(index, B, T, mask))  # (N, C)
+    h = model.hidden(idx.flatten()[index], pos.flatten()[index], Pack(index, B, T, mask))  # (N, C)
     row = torch.empty(B * T, dtype=torch.long, device=model.device)
     row[index] = torch.arange(len(index), device=model.device)
-    weight = model.lm_head.weight
-    h, weight = (x.to(head.compute_dtype(weight)) for x in (h[row[source]], weight))
+    weight = head.cast_weight(model.lm_head.weight)
+    h = h[row[source]].to(weight.dtype)
     nll, top = torch.empty(len(h), device=h.device), torch.empty(len(h), dtype=torch.bool, device=h.device)
-    for rows, logits in head.logit_chunks(h, weight):
+    for rows, logits in head.logit_chunks(h, weight, model.config.vocab_size):
         nll[rows] = F.cross_entropy(logits, target[rows], reduction="none")
         top[rows] = logits.argmax(-1) == target[rows]
     M = int(owner[-1]) + 1

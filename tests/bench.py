@@ -28,6 +28,7 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import mean, median
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from torch.utils.benchmark import Timer
@@ -103,9 +104,21 @@ def step_ours(s, dtype, objective, model=None):
     return one
 
 
+class Plain(NamedTuple):
+    """In the place of model.States: the rows themselves."""
+
+    idx: torch.Tensor
+    lengths: torch.Tensor
+    count: torch.Tensor
+
+    def split(self, _):
+        return self, None
+
+
 def step_plain(s, dtype, objective):
     model = transformers_model(s)
-    model.sequence_nll = lambda idx, lengths: plain_nll(model, idx[:, : int(lengths.max())], lengths)
+    model.read = lambda idx, lengths, start: Plain(idx[:, : int(lengths.max())], lengths, lengths - 1)
+    model.nll = lambda rows: plain_nll(model, rows.idx, rows.lengths)
     return step_ours(s, dtype, objective, model)
 
 

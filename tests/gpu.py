@@ -40,6 +40,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
+import model as network
 from engine import head
 from engine.device import amp, keep_freed_memory, pick_device
 from loss import contrastive_perplexity, language_modelling
@@ -345,7 +346,7 @@ def starting_point(s):
         count[tokenizer.eot_token] *= 0.1  # longer texts, as GPT-2 writes them
         like_trained(build(config), (count / count.sum()).log() - 60).save_pretrained(folder)
     if not s.small:
-        return [f"--init_from={folder}", "--max_steps=30", "--eval_samples=50"]
+        return [f"--init_from={folder}"]
     few = [g for split in data.load_groups(groups).values() for g in split[:8]]
     (s.folder / "few.jsonl").write_text("".join(json.dumps(vars(g)) + "\n" for g in few))
     sizes = ["--max_steps=6", "--eval_samples=5", "--sample_tokens=1", "--anchor_texts=32", "--anchor_tokens=8"]
@@ -400,7 +401,7 @@ def compiled(s, out):
 
 def stepper(s, model, loss):
     """One whole optimiser step as a function; loss() runs under bf16 autocast."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5, fused=True)
 
     def step():
         with amp(s.device, BF16):
@@ -439,17 +440,23 @@ def plain_nll(model, idx, lengths):
 
 
 def step(s, out):
-    """The contrastive step by model size, in bf16 and not compiled, beside transformers."""
+    """The contrastive step by model size, in bf16 and not compiled, with LoRA, with attention over the rectangle of all
+    rows, and beside transformers."""
     out["matrix rate"] = dict(tflops=s.rate / 1e12)
     idx, lengths = sentences(G * (P + N), 8, 40, s.config().vocab_size)
     tokens, T = int((lengths - 1).sum()), float(lengths.float().mean())
-    for name in (*SHAPES, "transformers"):
-        config = s.config("gpt2" if name == "transformers" else name)
+    packed = network.packed_attention
+    out["attention over packed rows"] = str(bool(packed(s.device)))
+    for name in (*SHAPES, "LoRA", "rectangle", "transformers"):
+        config = s.config(name if name in SHAPES else "gpt2")
         if name == "transformers":
             model, short = plain_model(s), idx[:, : int(lengths.max())].to(s.device)
             run = stepper(s, model, lambda model=model, short=short: contrast(plain_nll(model, short, lengths)))
         else:
             model = build(config, s.device)
+            if name == "LoRA":
+                model.add_lora(8, 16.0)
+            network.packed_attention = packed if name != "rectangle" else lambda device: None
             loss = lambda m=model: contrast(m.sequence_nll(idx.to(s.device, non_blocking=True), lengths))  # noqa: E731
             run = stepper(s, model, loss)
         out[name] = rated(s, run, tokens, T, config)
@@ -457,6 +464,7 @@ def step(s, out):
             out[f"{name}, calls"], out[f"{name}, waits"] = counted(s, run), waits(s, run)
         model = run = loss = None
         s.drop()
+    network.packed_attention = packed
     ratio = out["gpt2"]["tokens_per_second"] / out["transformers"]["tokens_per_second"]
     out["gpt2 / transformers"] = dict(speed=ratio)
 

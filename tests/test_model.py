@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
+import model
 from engine import head, weights
 from model import GPT, GPTConfig, _sample
 
@@ -373,6 +374,54 @@ def test_padding_of_the_vocabulary_changes_nothing(monkeypatch, keep):
     padded = head.cast_weight(net.lm_head.weight)
     assert padded.shape == (64, 16) and torch.equal(padded[:37], net.lm_head.weight) and not padded[37:].any()
     for a, b in zip(measured(), want, strict=True):
+        assert max_diff(a, b) <= 1e-5 * max(1.0, b.abs().max().item())
+
+
+def one_row_after_another(q, k, v, starts, starts_k, longest, longest_k, window_size):
+    """What torch's packed attention (N, nh, hs) computes, row by row."""
+    assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and starts.diff().max() <= longest == longest_k
+    assert starts[0] == 0 and starts[-1] == len(q) == len(k) == len(v) and window_size == (-1, 0)
+    rows = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+    sides = ([x[a:b].transpose(0, 1).float() for x in (q, k, v)] for a, b in rows)
+    return torch.cat([F.scaled_dot_product_attention(*s, is_causal=True).transpose(0, 1) for s in sides]).to(q.dtype)
+
+
+def test_attention_over_packed_rows_is_attention_over_the_rectangle(monkeypatch):
+    """Under autocast, where a GPU may have it; in fp32 the rectangle is taken."""
+    net, (idx, lengths), start = tiny(std=0.15), batch(), torch.tensor([3, 1, 1, 2, 1])
+
+    def measured():
+        with torch.autocast("cpu", torch.bfloat16):
+            nll = net.sequence_nll(idx, lengths, start)
+        return [nll, *torch.autograd.grad(nll.sum(), list(net.parameters()))]
+
+    want, exact, calls = measured(), net.sequence_nll(idx, lengths), []
+    note = lambda *args, **kwargs: calls.append(1) or one_row_after_another(*args, **kwargs)
+    monkeypatch.setattr(model, "packed_attention", lambda device: note)
+    got = measured()
+    assert len(calls) == TINY.n_layer
+    assert max_diff(got[0], want[0]) < 0.02
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert b.abs().max() < 1e-4 or F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
+    assert torch.equal(net.sequence_nll(idx, lengths), exact) and len(calls) == TINY.n_layer
+
+
+@pytest.mark.parametrize("B", [1, 3, 5])
+def test_states_of_some_rows_and_of_the_others(B):
+    """One forward pass for two batches gives what two give, gradients included."""
+    net, base, (idx, lengths), start = tiny(), tiny(seed=3), batch(), torch.tensor([3, 1, 1, 2, 1])
+    first, others = net.read(idx, lengths, start).split(B)
+    assert first.rows.max() == B - 1 and len(others.count) == 5 - B
+    got = [net.nll(first)]
+    want = [net.sequence_nll(idx[:B], lengths[:B], start[:B])]
+    if B < 5:
+        rows = idx[B:], lengths[B:], start[B:]
+        got.append(net.kl(others, base, base.read(*rows)))
+        want.append(net.sequence_kl(base, *rows))
+    for a, b in zip(got, want, strict=True):
+        assert max_diff(a, b) < 1e-5
+    grads = [torch.autograd.grad(sum(x.sum() for x in xs), list(net.parameters())) for xs in (got, want)]
+    for a, b in zip(*grads, strict=True):
         assert max_diff(a, b) <= 1e-5 * max(1.0, b.abs().max().item())
 
 
