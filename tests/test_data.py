@@ -242,7 +242,7 @@ def test_damaged_bytes_are_one_line_with_file_and_number(tmp_path, line):
     path.write_bytes(json.dumps(record(0)).encode() + b"\r\n\r\n" + line + b"\r\n")
     with pytest.raises(ValueError) as e:
         read_groups(path)
-    assert str(e.value).startswith(f"{path}:3: {DAMAGED[line]}") and len(str(e.value)) < 300
+    assert str(e.value).startswith(f"{path}:3: {DAMAGED[line]}") and len(str(e.value).replace(str(path), "")) < 250
 
 
 def test_marks_and_line_ends_of_windows_change_nothing(write):

@@ -1456,11 +1456,10 @@ def test_the_challenging_protocol(run, tokenizer, tmp_path, capsys):
             assert result["measures"][where]["toxicity_mean"][side] == pytest.approx(want)
             block = re.search(rf"^here: 5 prompts, 20 tokens; {name}; .*\n  base (.*)\n  tuned (.*)\n", out, re.M)
             assert block[("base", "tuned").index(side) + 1].split()[1] == f"{want:.3f}"
-    assert "challenging  prompts of " in out and "temperature=0.0, sample_tokens=20, k=1, n_prompts=0" in " ".join(
-        out.split()
-    )
+    said = " ".join(out.split())
+    assert "challenging prompts of " in said and "temperature=0.0, sample_tokens=20, k=1, n_prompts=0" in said
     for heading, rows in TOXICITY.items():
-        assert heading in " ".join(out.split())
+        assert heading in said
         for model, *numbers in rows:
             assert re.search(rf"^  {model} +" + " +".join(map(re.escape, numbers)) + "$", out, re.M)
     assert "WARNING scorers differ" in out

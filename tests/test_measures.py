@@ -313,8 +313,10 @@ def published_rtp(challenging, text, toxicity=0.5):
     return dict(filename="0001.txt", begin=3, end=90, challenging=challenging, prompt=prompt, continuation=end)
 
 
-def test_challenging_prompts_are_those_that_are_marked(write):
+@pytest.mark.skipif(not (SHARED / "tiktoken_cache").is_dir(), reason="no ../shared/tiktoken_cache")
+def test_challenging_prompts_are_those_that_are_marked(write, monkeypatch):
     """By true alone, whatever their score. Of a long one the first 32 tokens are left, and it is encoded to them."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
     encoding, no = data.get_tokenizer("gpt2"), "Nothing"
     long = "The mayor's  office, asked on the 31st of October by e-mail, wouldn't say why " + "so very " * 20
     texts, marks = [no, long, no, no, no, "Anna said ", "a" + "\u2603" * 30], [False, True, None, "true", 1, True, True]
