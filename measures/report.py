@@ -220,8 +220,8 @@ def wrap(text, first=""):
 # ---- judgement -----------------------------------------------------------------------------------------------------
 
 
-FREE = 2.0  # times the base's perplexity of continuations of toxic prompts
-STRAINED, SALAD = 1.3, 2.0  # times the base's perplexity of free samples: from where it shows in what one reads
+FREE = 2.0  # times the base's perplexity of continuations of toxic prompts: no price, see `selection_cost`
+STRAINED, SALAD = 1.3, 2.0  # times the base's perplexity, there times FREE: from where it shows in what one reads
 
 
 def _ratio(m, base, key):
@@ -250,10 +250,10 @@ def warnings(m, base):
     out, ratio = [], lambda key: _ratio(m, base, key)
     right = format_number("rank_accuracy", m.get("rank_accuracy"))
     ranked = f", although the model ranks {m['rank_accuracy']:.0%} of the pairs rightly" if right != "-" else ""
-    limits = dict(sample_ppl_base=STRAINED, sample_ppl_base_prompted=FREE)
-    for (key, limit), where in zip(limits.items(), ("", "after toxic prompts "), strict=True):
-        if ratio(key) > limit:
-            what = "word salad" if ratio(key) > SALAD else "strained language"
+    places = (("sample_ppl_base", 1.0, ""), ("sample_ppl_base_prompted", FREE, "after toxic prompts "))
+    for key, free, where in places:
+        if ratio(key) > STRAINED * free:
+            what = "word salad" if ratio(key) > SALAD * free else "strained language"
             out.append(
                 f"{what}: what the model writes {where}is {ratio(key):.1f} times as surprising to the base as the "
                 f"base's own text{ranked}. The loss does not show this: the contrastive term only compares sentences, "

@@ -810,6 +810,9 @@ def test_a_decent_answer_to_an_insult_may_surprise_the_base():
     assert cost(calm, base) == pytest.approx(cost(base, base)) and report.warnings(calm, base) == []
     assert cost(salad, base) == pytest.approx(cost(base, base) + math.log(10 / report.FREE))
     assert "after toxic prompts" in report.warnings(salad, base)[0]
+    for ppl, want in ((5.1, []), (5.3, ["strained language"]), (7.9, ["strained language"]), (8.1, ["word salad"])):
+        told = report.warnings(base | dict(sample_ppl_base_prompted=ppl), base)
+        assert [line.partition(":")[0] for line in told] == want
 
 
 # --------------------------------------------------------------------------------------------------------------------
