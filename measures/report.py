@@ -449,6 +449,9 @@ def plot_frontier(runs, path):
             style = dict(marker="s" if base else "o", color="black" if base else None, capsize=2, linestyle="none")
             ax.errorbar(*middle, xerr=ranges[0], yerr=ranges[1], label=label, **style)
         ax.set(xscale="log", xlabel="perplexity of the samples under the base", title=title)
+        ticks = np.geomspace(*ax.get_xlim(), 7)[1:-1]  # its own overlap where the range is small
+        ax.set_xticks(ticks, [f"{x:.3g}" for x in ticks])
+        ax.minorticks_off()
     axes[0].set_ylabel("toxic, %")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     save_figure(figure, axes, path)
