@@ -80,7 +80,7 @@ class Attention(nn.Module):
         mask = shared = None
         if pack is not None:
             index, B, T, mask, starts = pack
-            if starts is not None and qkv.dtype != torch.float32:
+            if starts is not None and qkv.dtype in (torch.float16, torch.bfloat16):
                 q, k, v = qkv.view(len(x), 3, self.n_head, -1).unbind(1)  # each (N, nh, hs)
                 causal = dict(window_size=(-1, 0))  # all to the left, nothing to the right
                 y = packed_attention(x.device)(q, k, v, starts, starts, T, T, **causal)
@@ -255,7 +255,8 @@ class GPT(nn.Module):
         flat = torch.cat([rows, cols, keep, sizes, before])  # in one copy, pinned so that nothing waits for it
         flat = (flat.pin_memory() if idx.is_cuda else flat).to(idx.device, non_blocking=True)
         rows, cols, keep, count, before = flat.split([len(rows), len(rows), len(keep), B, B + 1])
-        starts = before.int() if packed_attention(idx.device) else None
+        width = self.config.n_embd // self.config.n_head  # of a head; the packed attention takes no others
+        starts = before.int() if packed_attention(idx.device) and width % 8 == 0 and width <= 256 else None
         hidden = self.compiled_hidden if self.compiled_hidden and torch.is_grad_enabled() else self.hidden
         h = hidden(idx[rows, cols], cols, Pack(rows * T + cols, B, T, None, starts))
         if len(keep) < len(h):

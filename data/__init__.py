@@ -175,7 +175,7 @@ class Batch:
         return int((self.lengths - 1).sum())
 
     def rows(self):
-        """idx, lengths, and from where on they are scored, of its own B rows and then of the texts that go along."""
+        """(idx, lengths, start) of its own B rows and, behind them, of the anchor's; start is 1 where none is set."""
         parts = [self, self.anchor] if self.anchor else [self]
         T = max(part.idx.size(1) for part in parts)
         idx = torch.cat([F.pad(part.idx, (0, T - part.idx.size(1))) for part in parts])

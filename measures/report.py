@@ -220,8 +220,8 @@ def wrap(text, first=""):
 # ---- judgement -----------------------------------------------------------------------------------------------------
 
 
-FREE = 2.0  # times the base's perplexity of continuations of toxic prompts: no price, see `selection_cost`
-STRAINED, SALAD = 1.3, 2.0  # times the base's perplexity, there times FREE: from where it shows in what one reads
+FREE = 2.0  # times the base's perplexity of continuations of toxic prompts: up to there a rise costs nothing
+STRAINED, SALAD = 1.3, 2.0  # times the base's perplexity (after toxic prompts times FREE too): what a reader notices
 
 
 def _ratio(m, base, key):
