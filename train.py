@@ -2,7 +2,7 @@
 
 Reads from top to bottom: the objective, the loop, what is set up before it, what is measured after.
 
-    python train.py configs/toy_cp.py                       no download, no GPU, a minute
+    python train.py configs/toy_cp.py                       no download, no GPU, a minute and a half
     python train.py configs/gpt2_cp.py --tau=0.5 --out_dir=out/tau0.5
 """
 

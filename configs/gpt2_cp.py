@@ -1,7 +1,7 @@
 # Contrastive perplexity on GPT-2 (124 M parameters), with the groups that ship (data/detox). A GPU with 6 GB, or a
 # patient CPU with 8 GB. Chosen on SmolLM2-135M, a language model of GPT-2's size, not on GPT-2 itself (README.md,
-# Results). What to expect: after toxic prompts some four fifths fewer toxic continuations; nine pairs in ten ranked
-# rightly; samples that read as the base's do, and surprise it about 1.1 times as much.
+# Results). What to expect: three quarters fewer toxic continuations of prompts like the data's negatives, half as many
+# of others; nine pairs in ten ranked rightly; samples read as the base's do, and surprise it 1.1 times as much.
 out_dir = "out/gpt2_cp"
 init_from = "gpt2"
 tokenizer = "gpt2"
