@@ -9,6 +9,7 @@ Shapes: B sequences, T positions, C channels (n_embd), V vocabulary, N positions
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -34,14 +35,16 @@ class GPTConfig:
 
 
 class Pack(NamedTuple):
-    """Where N packed positions belong in B rows of T: their places in the flattened rectangle (N,), `mask` if attention
-    is not plainly causal, and the packed `starts` of the rows (B + 1,) int32 where attention needs no rectangle."""
+    """Where N packed positions belong in B rows of T. `index` (N,) holds their places in the flattened rectangle. A
+    `mask` (B, 1, T, T) stands in for causal attention. `attend` is torch's attention over packed rows where it can be
+    had, and `cu_seqlens` (B + 1,) int32 what it takes: the packed positions at which the rows begin, and N."""
 
     index: torch.Tensor
     B: int
     T: int
     mask: torch.Tensor = None
-    starts: torch.Tensor = None
+    attend: Callable = None
+    cu_seqlens: torch.Tensor = None
 
 
 class States(NamedTuple):
@@ -79,11 +82,10 @@ class Attention(nn.Module):
         qkv = self.c_attn(x)
         mask = shared = None
         if pack is not None:
-            index, B, T, mask, starts = pack
-            if starts is not None and qkv.dtype in (torch.float16, torch.bfloat16):
+            index, B, T, mask, attend, cu_seqlens = pack
+            if attend and qkv.dtype in (torch.float16, torch.bfloat16):
                 q, k, v = qkv.view(len(x), 3, self.n_head, -1).unbind(1)  # each (N, nh, hs)
-                causal = dict(window_size=(-1, 0))  # all to the left, nothing to the right
-                y = packed_attention(x.device)(q, k, v, starts, starts, T, T, **causal)
+                y = attend(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0))  # nothing to the right: causal
                 return self.c_proj(y.flatten(1))
             # Only attention needs the rectangle; all else works position by position, without padding. Rows are padded
             # on the right and attention is causal, so that no real token sees padding.
@@ -100,9 +102,10 @@ class Attention(nn.Module):
 
 
 @lru_cache
-def packed_attention(device):
-    """torch's attention over packed rows if it is there: on CUDA from sm80 on, in half precision. Else None."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+def packed_attention(device, width):
+    """torch's attention over packed rows, for half precision and heads of this width, or None where it is missing: it
+    is there on CUDA from sm80 on, for widths that are multiples of 8 up to 256."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or width % 8 or width > 256:
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn  # late: it takes a second
@@ -249,16 +252,15 @@ class GPT(nn.Module):
         lengths, start = lengths.cpu(), torch.ones(B).long() if start is None else start.cpu().clamp(min=1)
         if (lengths <= start).any():
             raise ValueError("nothing to score: `start` lies behind the end of a row")
-        sizes, before = lengths - start, F.pad((lengths - 1).cumsum(0), (1, 0))
+        sizes, cu_seqlens = lengths - start, F.pad((lengths - 1).cumsum(0), (1, 0))
         rows, cols = (torch.arange(T) < lengths[:, None] - 1).nonzero().unbind(1)  # (N,) each
         keep = (cols + 1 >= start[rows]).nonzero()[:, 0]
-        flat = torch.cat([rows, cols, keep, sizes, before])  # in one copy, pinned so that nothing waits for it
+        flat = torch.cat([rows, cols, keep, sizes, cu_seqlens])  # in one copy, pinned so that nothing waits for it
         flat = (flat.pin_memory() if idx.is_cuda else flat).to(idx.device, non_blocking=True)
-        rows, cols, keep, count, before = flat.split([len(rows), len(rows), len(keep), B, B + 1])
-        width = self.config.n_embd // self.config.n_head  # of a head; the packed attention takes no others
-        starts = before.int() if packed_attention(idx.device) and width % 8 == 0 and width <= 256 else None
+        rows, cols, keep, count, cu_seqlens = flat.split([len(rows), len(rows), len(keep), B, B + 1])
+        attend = packed_attention(idx.device, self.config.n_embd // self.config.n_head)
         hidden = self.compiled_hidden if self.compiled_hidden and torch.is_grad_enabled() else self.hidden
-        h = hidden(idx[rows, cols], cols, Pack(rows * T + cols, B, T, None, starts))
+        h = hidden(idx[rows, cols], cols, Pack(rows * T + cols, B, T, None, attend, cu_seqlens.int()))
         if len(keep) < len(h):
             h, rows, cols = (x.index_select(0, keep) for x in (h, rows, cols))
         return States(h, rows, idx[rows, cols + 1], count, sizes)
@@ -267,9 +269,12 @@ class GPT(nn.Module):
         """Mean negative log-likelihood per scored token of a row (B,), nats, fp32."""
         return states.means(head.nll(states.h, self.lm_head.weight, states.tokens))
 
-    def kl(self, states, base, states_of_base):
-        """Mean KL(base || self) per scored token of a row (B,), nats, fp32; differentiable in self only."""
-        return states.means(head.kl(states.h, self.lm_head.weight, states_of_base.h, base.lm_head.weight))
+    def kl(self, states, base, idx, lengths, start=None):
+        """Mean KL(base || self) per scored token of a row (B,), nats, fp32; differentiable in self only. `states` are
+        self's of these rows, which base reads here."""
+        with torch.no_grad():
+            h_base = base.read(idx, lengths, start).h
+        return states.means(head.kl(states.h, self.lm_head.weight, h_base, base.lm_head.weight))
 
     def sequence_nll(self, idx, lengths, start=None):
         """Score phi: the mean negative log-likelihood per scored token.
@@ -289,9 +294,7 @@ class GPT(nn.Module):
 
         Shapes as in `sequence_nll`; (B,) nats, fp32, differentiable in self only, chunked as the head is.
         """
-        with torch.no_grad():
-            states_of_base = base.read(idx, lengths, start)
-        return self.kl(self.read(idx, lengths, start), base, states_of_base)
+        return self.kl(self.read(idx, lengths, start), base, idx, lengths, start)
 
     # ------------------------------------------------------------------------------------------------------------
     # generation

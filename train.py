@@ -112,9 +112,7 @@ def objective(model, base, batch, config):
         hold = (pos - sides(before)[0]).square().mean()
         loss, log["hold"] = loss + config.hold_weight * hold, hold.detach()
     if config.anchor_kl:
-        with torch.no_grad():
-            states_of_base = base.read(idx[B:], lengths[B:], start[B:])
-        kl = language_modelling(model.kl(anchor, base, states_of_base), anchor.count)
+        kl = language_modelling(model.kl(anchor, base, idx[B:], lengths[B:], start[B:]), anchor.count)
         loss, log["anchor_kl"] = loss + config.anchor_kl * kl, kl.detach()
     if config.anchor_nll:
         nll = language_modelling(model.nll(anchor), anchor.count)

@@ -8,8 +8,13 @@ from torch.nn import functional as F
 
 CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, whatever N and V are
 KEEP = 2**27  # numbers (N x V) kept for the backward pass; of more positions than that they are computed again
-LARGER = {"cuda": 8}  # times as many of both
+LARGER = {"cuda": 8}  # CHUNK and KEEP are so many times as large there
 ALIGN = {"cuda": 64}  # rows of the weights, see cast_weight
+
+
+def limit(numbers, tensor):
+    """CHUNK or KEEP where the tensor is."""
+    return numbers * LARGER.get(tensor.device.type, 1)
 
 
 def compute_dtype(tensor):
@@ -42,7 +47,7 @@ def fp32_logits(h, weight):
 
 def logit_chunks(h, weight, V=None):
     """Yields (slice of rows, their first V fp32 logits) of h (N, C), CHUNK numbers at a time, without gradients."""
-    n = max(1, CHUNK * LARGER.get(h.device.type, 1) // weight.size(0))
+    n = max(1, limit(CHUNK, h) // weight.size(0))
     for i in range(0, len(h), n):
         rows = slice(i, i + n)
         yield rows, fp32_logits(h[rows], weight)[:, :V]
@@ -69,8 +74,7 @@ class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h, weight, truth, weight_base, with_grad):
         ctx.dtype = compute_dtype(weight)
-        ctx.room = KEEP * LARGER.get(h.device.type, 1)
-        keep = with_grad and any(ctx.needs_input_grad) and len(h) * len(weight) <= ctx.room
+        keep = with_grad and any(ctx.needs_input_grad) and len(h) * len(weight) <= limit(KEEP, h)
         with torch.autocast(h.device.type, enabled=False):
             h_, weight_, truth_, weight_base_ = _cast(ctx.dtype, h, weight, truth, weight_base)
             kept = h_.new_empty(len(h), len(weight_)) if keep else None
@@ -85,7 +89,7 @@ class _HeadLoss(torch.autograd.Function):
             h_, weight_, truth_, weight_base_ = _cast(ctx.dtype, h, weight, truth, weight_base)
             dh, gh = torch.empty_like(h), h * grad[:, None]
             dweight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None  # None: the embedding is frozen
-            n = max(1, ctx.room // len(weight))  # at least N if it was kept
+            n = max(1, limit(KEEP, h) // len(weight))  # at least N if it was kept
             for i in range(0, len(h), n):
                 rows, residual = slice(i, i + n), kept
                 if residual is None:
@@ -110,15 +114,10 @@ def _cast(dtype, h, weight, truth, weight_base):
 def _losses(h, weight, truth, weight_base, V, residual):
     """Losses (N,), chunk by chunk. The softmax p (of KL: p - q) goes into residual (N, V or more) unless it is None."""
     losses = []
-
-    def log_softmax(logits):
-        logits[:, V:] = -1e30  # no mass behind the vocabulary; a slice would be copied first
-        return logits.log_softmax(-1)
-
     for rows, logits in logit_chunks(h, weight):
-        logp = log_softmax(logits)
+        logp = _log_softmax(logits, V)
         if weight_base is not None:
-            logq = log_softmax(fp32_logits(truth[rows], weight_base))
+            logq = _log_softmax(fp32_logits(truth[rows], weight_base), V)
             q = logq.exp()
             losses.append(logq.sub_(logp).mul_(q).sum(-1))
             if residual is not None:
@@ -128,3 +127,9 @@ def _losses(h, weight, truth, weight_base, V, residual):
             if residual is not None:
                 torch.exp(logp, out=residual[rows])
     return torch.cat(losses)
+
+
+def _log_softmax(logits, V):
+    """Over the first V columns; the padding gets no mass. In place of a slice, which log_softmax would copy first."""
+    logits[:, V:] = -1e30
+    return logits.log_softmax(-1)

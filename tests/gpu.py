@@ -30,6 +30,7 @@ from collections import Counter
 from contextlib import nullcontext, suppress
 from functools import cached_property
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch.autograd import DeviceType
@@ -445,8 +446,7 @@ def step(s, out):
     out["matrix rate"] = dict(tflops=s.rate / 1e12)
     idx, lengths = sentences(G * (P + N), 8, 40, s.config().vocab_size)
     tokens, T = int((lengths - 1).sum()), float(lengths.float().mean())
-    packed = network.packed_attention
-    out["attention over packed rows"] = str(bool(packed(s.device)))
+    out["attention over packed rows"] = str(bool(network.packed_attention(s.device, 64)))
     for name in (*SHAPES, "LoRA", "rectangle", "transformers"):
         config = s.config(name if name in SHAPES else "gpt2")
         if name == "transformers":
@@ -456,15 +456,15 @@ def step(s, out):
             model = build(config, s.device)
             if name == "LoRA":
                 model.add_lora(8, 16.0)
-            network.packed_attention = packed if name != "rectangle" else lambda device: None
             loss = lambda m=model: contrast(m.sequence_nll(idx.to(s.device, non_blocking=True), lengths))  # noqa: E731
             run = stepper(s, model, loss)
-        out[name] = rated(s, run, tokens, T, config)
+        rectangle = patch.object(network, "packed_attention", lambda device, width: None)
+        with rectangle if name == "rectangle" else nullcontext():
+            out[name] = rated(s, run, tokens, T, config)
         if name in ("gpt2", "transformers"):
             out[f"{name}, calls"], out[f"{name}, waits"] = counted(s, run), waits(s, run)
         model = run = loss = None
         s.drop()
-    network.packed_attention = packed
     ratio = out["gpt2"]["tokens_per_second"] / out["transformers"]["tokens_per_second"]
     out["gpt2 / transformers"] = dict(speed=ratio)
 

@@ -21,6 +21,7 @@ import eval as evaluation
 import train
 from configs import Config, load_config
 from data import toy, toy_facts
+from engine import head
 from measures import report
 from measures.groups import measure_groups
 from measures.published import EXPECTED, TOXICITY
@@ -111,7 +112,9 @@ def some_choices(net):
     return contexts, choices
 
 
-def test_choice_nll_is_one_choice_at_a_time(net):
+@pytest.mark.parametrize("align", [1, 1024])  # rows of the head's weights, as on a CPU and as on a GPU
+def test_choice_nll_is_one_choice_at_a_time(net, monkeypatch, align):
+    monkeypatch.setitem(head.ALIGN, "cpu", align)
     contexts, choices = some_choices(net)
     nll, greedy = choice_nll(net, contexts, choices)
     want = [conditional_nll(net, c + x, len(c)) for c, xs in zip(contexts, choices, strict=True) for x in xs]

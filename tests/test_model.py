@@ -352,10 +352,12 @@ def test_nll_gradient_in_bf16(monkeypatch, chunk, keep):
         assert a.dtype == torch.float32 and F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999, name
 
 
-@pytest.mark.parametrize("keep", [2**27, 37 * 3])
-def test_padding_of_the_vocabulary_changes_nothing(monkeypatch, keep):
-    """As on a GPU, where rows of zeros follow the head's weights: 37 tokens in 64 columns, no mass behind the 37th."""
+@pytest.mark.parametrize(("keep", "larger"), [(2**27, 1), (37 * 3, 1), (37 * 30, 8)])
+def test_padding_of_the_vocabulary_changes_nothing(monkeypatch, keep, larger):
+    """As on a GPU, where rows of zeros follow the head's weights: 37 tokens in 64 columns, no mass behind the 37th. And
+    where more is kept than on a CPU."""
     monkeypatch.setattr(head, "KEEP", keep)
+    monkeypatch.setitem(head.LARGER, "cpu", larger)
     net, base, (idx, lengths) = tiny(), tiny(seed=3), batch()
     how = dict(
         max_new_tokens=9, samples=20, generator=torch.rand(100, 9, 4, generator=torch.Generator().manual_seed(4))
@@ -377,11 +379,12 @@ def test_padding_of_the_vocabulary_changes_nothing(monkeypatch, keep):
         assert max_diff(a, b) <= 1e-5 * max(1.0, b.abs().max().item())
 
 
-def one_row_after_another(q, k, v, starts, starts_k, longest, longest_k, window_size):
+def one_row_after_another(q, k, v, cu_seqlens, cu_seqlens_k, longest, longest_k, window_size):
     """What torch's packed attention (N, nh, hs) computes, row by row."""
-    assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and starts.diff().max() <= longest == longest_k
-    assert starts[0] == 0 and starts[-1] == len(q) == len(k) == len(v) and window_size == (-1, 0)
-    rows = zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True)
+    assert torch.equal(cu_seqlens, cu_seqlens_k) and cu_seqlens.dtype == torch.int32
+    assert cu_seqlens.diff().max() <= longest == longest_k
+    assert cu_seqlens[0] == 0 and cu_seqlens[-1] == len(q) == len(k) == len(v) and window_size == (-1, 0)
+    rows = zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True)
     sides = ([x[a:b].transpose(0, 1).float() for x in (q, k, v)] for a, b in rows)
     return torch.cat([F.scaled_dot_product_attention(*s, is_causal=True).transpose(0, 1) for s in sides]).to(q.dtype)
 
@@ -397,16 +400,23 @@ def test_attention_over_packed_rows_is_attention_over_the_rectangle(monkeypatch)
 
     want, exact, calls = measured(), net.sequence_nll(idx, lengths), []
     note = lambda *args, **kwargs: calls.append(1) or one_row_after_another(*args, **kwargs)
-    monkeypatch.setattr(model, "packed_attention", lambda device: note)
+    monkeypatch.setattr(model, "packed_attention", lambda device, width: note if width == 8 else None)
     got = measured()
     assert len(calls) == TINY.n_layer
     assert max_diff(got[0], want[0]) < 0.02
     for a, b in zip(got[1:], want[1:], strict=True):
         assert b.abs().max() < 1e-4 or F.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.999
     assert torch.equal(net.sequence_nll(idx, lengths), exact) and len(calls) == TINY.n_layer
-    narrow = tiny(GPTConfig(vocab_size=37, n_positions=24, n_embd=12, n_layer=1, n_head=2))  # heads of 6: not for it
-    with torch.autocast("cpu", torch.bfloat16):
-        assert narrow.sequence_nll(idx, lengths).isfinite().all() and len(calls) == TINY.n_layer
+
+
+def test_where_attention_over_packed_rows_is_taken(monkeypatch):
+    """On CUDA from sm80 on, and for widths of a head that its kernels have; they raise an error on others."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    packed, cuda = model.packed_attention.__wrapped__, torch.device("cuda")
+    assert all(packed(cuda, width) for width in (8, 64, 256))
+    assert not any(packed(cuda, width) for width in (6, 12, 264)) and packed(torch.device("cpu"), 64) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert packed(cuda, 64) is None
 
 
 @pytest.mark.parametrize("B", [1, 3, 5])
@@ -419,7 +429,7 @@ def test_states_of_some_rows_and_of_the_others(B):
     want = [net.sequence_nll(idx[:B], lengths[:B], start[:B])]
     if B < 5:
         rows = idx[B:], lengths[B:], start[B:]
-        got.append(net.kl(others, base, base.read(*rows)))
+        got.append(net.kl(others, base, *rows))
         want.append(net.sequence_kl(base, *rows))
     for a, b in zip(got, want, strict=True):
         assert max_diff(a, b) < 1e-5
