@@ -243,7 +243,7 @@ def toxic_only(pos, neg):
 # pos, neg, base_pos and base_neg are scores, a setting's name is that setting (configs/__init__.py). -> a scalar.
 # Left out: unlikelihood training (arXiv 1908.04319), which needs the log-probability of each token.
 OBJECTIVES = {
-    "cp": cp,  # contrastive perplexity: module docstring
+    "cp": cp,  # contrastive perplexity, Klein & Nabi 2025, arXiv 2401.08491: module docstring
     "dpo": dpo,  # direct preference optimisation, Rafailov et al. 2023, arXiv 2305.18290
     "ipo": ipo,  # identity preference optimisation, Azar et al. 2023, arXiv 2310.12036
     "dpop": dpop,  # DPO-positive (Smaug), Pal et al. 2024, arXiv 2402.13228

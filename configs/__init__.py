@@ -6,7 +6,6 @@ flags; `python train.py --help` lists the settings that train.py reads. Nothing 
 """
 
 import argparse
-import ast
 import difflib
 import inspect
 import io
@@ -38,16 +37,16 @@ ALL = "train eval data_gen"
 
 def setting(default, remark, scripts=None, *, group, usual, above=None, low=None, high=None, among=""):
     """One setting: default, remark (unit, what 0 means), the scripts that read it if not the usual ones of its group,
-    and its range: > above, >= low, <= high, one of the words `among`."""
-    metadata = dict(remark=remark, group=group, scripts=(scripts or usual).split(), among=among.split())
+    and its range: > above, >= low, <= high, one of the words `among`, which may be {word: what it means}."""
+    among = dict.fromkeys(among.split()) if isinstance(among, str) else among
+    metadata = dict(remark=remark, group=group, scripts=(scripts or usual).split(), among=among)
     return field(default=default, metadata=metadata | dict(above=above, low=low, high=high))
 
 
 def objectives():
-    """The keys of OBJECTIVES in loss.py, which is parsed and not imported, since it imports torch."""
-    tree = ast.parse((ROOT / "loss.py").read_text(encoding="utf-8"), "loss.py")
-    table = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "OBJECTIVES")
-    return " ".join(key.value for key in table.keys)
+    """{name: source} of OBJECTIVES in loss.py, which is read and not imported, since it imports torch."""
+    table = (ROOT / "loss.py").read_text(encoding="utf-8").split("\nOBJECTIVES = {")[1]
+    return dict(re.findall(r'^    "(\w+)": \w+,(?:  # (.*))?$', table, re.MULTILINE))
 
 
 _run = partial(setting, group="the run", usual=ALL)
@@ -93,7 +92,7 @@ class Config:
     max_tokens: int = _data(128, "longer sentences lose their end; both end tokens included", TRAIN_EVAL, low=3)
 
     objective: str = _objective(
-        "cp", "cp: contrastive perplexity; lm: next-token loss; the others: see loss.py", among=objectives() + " lm"
+        "cp", "what is minimised; equations: loss.py", among=objectives() | dict(lm="next-token loss of documents")
     )
     cp_weight: float = _objective(1.0, "weight of the objective, cp or another; 0: anchors alone", low=0)
     score: str = _objective("nll", "of a sentence: nats per token, perplexity, or sum of nats", among="nll ppl sum")
@@ -383,9 +382,11 @@ def before_torch(script, doc):
             if group != (group := f.metadata["group"]):
                 print(f"\n{group}")
             default = json.dumps(f.default, ensure_ascii=False) if f.type is str else f.default
-            among = f" [{', '.join(f.metadata['among'])}]" if f.metadata["among"] else ""
+            words, explained = f.metadata["among"], any(f.metadata["among"].values())
+            among = f" [{', '.join(words)}]" if words and not explained else ""
             remark = f"{f.metadata['remark']}{among}; default {default}"
             print(textwrap.fill(remark, 98, initial_indent=f"  --{f.name:<18} ", subsequent_indent=" " * 23))
+            print("".join(f"{'':7}{word:<14}{what}\n" for word, what in words.items() if explained), end="")
     sys.exit(0)
 
 

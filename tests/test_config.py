@@ -520,7 +520,7 @@ def test_help_lists_everything(helped, script):
         if found := re.match(r"  --(\w+) ", line):
             assert found[1] not in listed and group == SETTINGS[found[1]].metadata["group"], line
             listed[name := found[1]] = line
-        elif line.startswith(" " * 23):
+        elif line.startswith(" " * 7):
             listed[name] += line
         elif line and not line.startswith(" "):
             group = line
@@ -529,8 +529,12 @@ def test_help_lists_everything(helped, script):
     for name, text in listed.items():
         f = SETTINGS[name]
         default = json.dumps(f.default, ensure_ascii=False) if f.type is str else str(f.default)
-        among = f"[{', '.join(f.metadata['among'])}]" if f.metadata["among"] else ""
-        assert squeezed(text) == squeezed(f"--{name}{f.metadata['remark']}{among};default{default}"), name
+        words = f.metadata["among"]
+        among = f"[{', '.join(words)}]" if words and not any(words.values()) else ""
+        explained = "" if among else "".join(word + what for word, what in words.items())
+        assert squeezed(text) == squeezed(f"--{name}{f.metadata['remark']}{among};default{default}{explained}"), name
+    if script == "train":
+        assert listed["objective"].count("arXiv") == len(OBJECTIVES) - 2  # all but plain fine-tuning, on either side
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])
@@ -583,7 +587,7 @@ def test_config_json_round_trips(tmp_path):
 @pytest.mark.parametrize("name", NOT_IDENTITY)
 def test_where_a_run_happens_is_not_what_it_is(name):
     """Another folder, device or precision is the same run."""
-    other = {bool: True, str: (SETTINGS[name].metadata["among"] or ("", "elsewhere"))[1]}[SETTINGS[name].type]
+    other = {bool: True, str: [*SETTINGS[name].metadata["among"], "", "elsewhere"][1]}[SETTINGS[name].type]
     assert differing_settings(Config(), asdict(Config()) | {name: other}) == []
 
 
@@ -716,7 +720,7 @@ def objective_settings():
 
 def test_objectives_are_found_in_the_source():
     """configs/ reads the table off loss.py without running it: the very names, in their order, and lm."""
-    assert SETTINGS["objective"].metadata["among"] == [*OBJECTIVES, "lm"]
+    assert list(SETTINGS["objective"].metadata["among"]) == [*OBJECTIVES, "lm"]
 
 
 @pytest.mark.parametrize(
