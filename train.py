@@ -324,7 +324,7 @@ def set_up(config):
         out, saved = Path(config.out_dir), resume_state(config)
         setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
     model = setup.models["model"]
-    batches, held_out, groups = open_data(config, setup.tokenizer, model.config.n_positions)
+    batches, held_out, groups = data.open_data(config, setup.tokenizer, model.config.n_positions)
     base, lora = frozen_base(model, config, setup.dtype)
     if config.objective != "lm" and config.edit == "none":
         with setup.amp():
@@ -442,28 +442,6 @@ def resume_state(config):
             f"{out} holds an unfinished run: add --resume to go on with it, or give another --out_dir, or delete it"
         )
     return None
-
-
-def open_data(config, tokenizer, n_positions):
-    """(training batches, validation items, groups by split). Prints the counts."""
-    max_tokens = min(config.max_tokens, n_positions + 1)  # the last token is predicted, never read
-    if config.objective == "lm":
-        texts, groups = data.load_documents(config.data, config.seed), {}
-        batches = data.Batches(texts["train"], tokenizer, config.batch_size, config.seed, max_tokens)
-        held_out = [data.frame(t, tokenizer, max_tokens) for t in texts["val"][: config.eval_groups]]
-        counts = f"{len(texts['train']):,} documents to train on, {len(held_out)} to validate"
-    else:
-        groups = data.load_groups(config.data)
-        if missing := [s for s in data.SPLITS if not groups[s]]:
-            raise ValueError(f"{config.data} has no groups of split {missing[0]!r}, which training needs: add some")
-        data.check_sizes(groups["train"], config.n_pos, config.n_neg)
-        sizes = (config.n_pos, config.n_neg, config.n_random)
-        batches = data.Batches(groups["train"], tokenizer, config.batch_size, config.seed, max_tokens, *sizes)
-        held_out = groups["val"][: config.eval_groups]
-        counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS) + " groups"
-    cut = f"; {batches.truncated} sentences cut at {max_tokens} tokens" if batches.truncated else ""
-    print(f"data         {config.data}: {counts}{cut}")
-    return batches, held_out, groups
 
 
 def make_optimizer(model, config):

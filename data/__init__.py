@@ -242,3 +242,25 @@ def check_sizes(groups, n_pos, n_neg):
             f"--n_pos={n_pos} and --n_neg={n_neg} want more than {len(small)} groups have, such as {g.id!r} with "
             f"{len(g.positives)} positives and {len(g.negatives)} negatives: lower them, or take these groups out"
         )
+
+
+def open_data(config, tokenizer, n_positions):
+    """(training batches, validation items, groups by split). Prints the counts."""
+    max_tokens = min(config.max_tokens, n_positions + 1)  # the last token is predicted, never read
+    if config.objective == "lm":
+        texts, groups = load_documents(config.data, config.seed), {}
+        batches = Batches(texts["train"], tokenizer, config.batch_size, config.seed, max_tokens)
+        held_out = [frame(t, tokenizer, max_tokens) for t in texts["val"][: config.eval_groups]]
+        counts = f"{len(texts['train']):,} documents to train on, {len(held_out)} to validate"
+    else:
+        groups = load_groups(config.data)
+        if missing := [s for s in SPLITS if not groups[s]]:
+            raise ValueError(f"{config.data} has no groups of split {missing[0]!r}, which training needs: add some")
+        check_sizes(groups["train"], config.n_pos, config.n_neg)
+        sizes = (config.n_pos, config.n_neg, config.n_random)
+        batches = Batches(groups["train"], tokenizer, config.batch_size, config.seed, max_tokens, *sizes)
+        held_out = groups["val"][: config.eval_groups]
+        counts = ", ".join(f"{len(groups[s])} {s}" for s in SPLITS) + " groups"
+    cut = f"; {batches.truncated} sentences cut at {max_tokens} tokens" if batches.truncated else ""
+    print(f"data         {config.data}: {counts}{cut}")
+    return batches, held_out, groups
