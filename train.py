@@ -38,17 +38,8 @@ from tqdm import tqdm
 
 import data
 from engine import edits, ranks
-from engine.resume import load_last, restore
-from engine.run import (
-    Log,
-    atomic_write,
-    first_interrupt,
-    first_line,
-    held,
-    read_json,
-    versions,
-    write_json,
-)
+from engine.resume import open_log, restore, saved_state
+from engine.run import Log, atomic_write, first_interrupt, first_line, held, read_json, versions, write_json
 from engine.weights import lora_record
 from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
@@ -321,7 +312,9 @@ def is_finished(config, hint, source):
 def set_up(config):
     """Build a Run, print what it will do, and continue an unfinished one if asked to."""
     with ranks.first_before_others():  # which find made, or in the cache, what it makes or downloads
-        out, saved = Path(config.out_dir), resume_state(config)
+        out = Path(config.out_dir)
+        if saved := saved_state(out, config.resume):
+            check_resumable(config, saved["config"], out / "last.pt", saved["step"])
         setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
     model = setup.models["model"]
     batches, held_out, groups = data.open_data(config, setup.tokenizer, model.config.n_positions)
@@ -348,7 +341,7 @@ def set_up(config):
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(names)}" if names else ""))
 
     if ranks.first():
-        open_files(run, bool(saved))
+        run.log = open_log(out, asdict(config), run.step if saved else None)
     tell(run, choose_compile(run))
     return run
 
@@ -409,39 +402,6 @@ def edit(run):
         pos, neg = (hidden_states(run.model, side) for side in rows)  # (blocks, M, C) each
         edits.profs(run.model, pos, neg, c.edit_directions, round(c.edit_from * len(pos)))
     run.step = c.max_steps
-
-
-def open_files(run, resumed):
-    """config.json and the log. In this order a kill leaves nothing that a later run would take for its own."""
-    out = run.out
-    if resumed:
-        hint = "take that line out (only figures need it), or give another --out_dir"
-        run.log = Log(out / "log.jsonl", lambda r: r["step"] < run.step, hint=hint)  # later ones are made again
-    for name in ("summary.json", "eval.json") if resumed else ("last.pt", "summary.json", "eval.json"):
-        (out / name).unlink(missing_ok=True)
-    write_json(out / "config.json", asdict(run.config))
-    if not resumed:
-        (out / "best.pt").unlink(missing_ok=True)
-        run.log = Log(out / "log.jsonl", records=[])
-
-
-def resume_state(config):
-    """The checkpoint to resume from, or None. An unfinished run is never overwritten unasked. Raises ValueError or
-    FileNotFoundError if what is there is no run of these settings."""
-    out, last = Path(config.out_dir), Path(config.out_dir) / "last.pt"
-    if config.resume:
-        saved = load_last(last)
-        check_resumable(config, saved["config"], last)
-        if saved["step"] > config.max_steps:
-            raise ValueError(f"{last} is at step {saved['step']}, beyond --max_steps={config.max_steps}: raise it")
-        return saved
-    if (out / "summary.json").is_file():
-        print(f"{out} holds a finished run, which this one replaces")
-    elif last.is_file():
-        raise ValueError(
-            f"{out} holds an unfinished run: add --resume to go on with it, or give another --out_dir, or delete it"
-        )
-    return None
 
 
 def make_optimizer(model, config):

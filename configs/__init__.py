@@ -451,14 +451,17 @@ def differing_settings(config, saved):
     return [n for n, default in mine.items() if saved.get(n, default) != getattr(config, n)]
 
 
-def check_resumable(config, saved, path):
-    """Raise ValueError if `path`, a run's last.pt with the settings `saved`, is of another run than `config` means."""
+def check_resumable(config, saved, path, step=0):
+    """Raise ValueError if `path`, a run's last.pt with the settings `saved`, is of another run than `config` means, or
+    at a step behind its last."""
     if names := [n for n in differing_settings(config, saved) if n not in MAY_CHANGE]:
         there = ", ".join(f"--{n}={shlex.quote(str(saved.get(n, SETTINGS[n].default)))}" for n in names[:5])
         raise ValueError(
             f"{path} was made with {there}{' and more' * bool(names[5:])}: give the same with --resume, or another "
             "--out_dir"
         )
+    if step > config.max_steps:
+        raise ValueError(f"{path} is at step {step}, beyond --max_steps={config.max_steps}: raise it")
 
 
 def check_shares(config, n):

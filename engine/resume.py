@@ -1,4 +1,5 @@
-"""What train.py saves to go on from: read and checked before anything is computed."""
+"""The folder of a training run: how one begins, and what it goes on from, read and checked before anything is
+computed."""
 
 import math
 import shlex
@@ -6,7 +7,22 @@ from pathlib import Path
 
 import torch
 
+from engine.run import Log, write_json
 from engine.weights import load_checkpoint
+
+
+def saved_state(folder, resume):
+    """What `load_last` has of a folder's run if it is to be resumed, else None. An unfinished run is never overwritten
+    unasked: that is a ValueError."""
+    last = folder / "last.pt"
+    if resume:
+        return load_last(last)
+    if (folder / "summary.json").is_file():
+        print(f"{folder} holds a finished run, which this one replaces")
+    elif last.is_file():
+        ways = "add --resume to go on with it, or give another --out_dir, or delete it"
+        raise ValueError(f"{folder} holds an unfinished run: {ways}")
+    return None
 
 
 def load_last(path):
@@ -47,6 +63,21 @@ def restore(model, optimizer, scaler, saved, path):
     optimizer.load_state_dict(dict(state=moments, param_groups=optimizer.state_dict()["param_groups"]))
     if saved["scaler"].keys() == scaler.state_dict().keys():  # not if the run goes on in another dtype
         scaler.load_state_dict(saved["scaler"])
+
+
+def open_log(folder, settings, step=None):
+    """The log of a run that begins, or that goes on at `step`, beside its config.json. They are written in an order in
+    which a kill leaves nothing that a later run would take for its own."""
+    log, begins = folder / "log.jsonl", step is None
+    if not begins:
+        hint = "take that line out (only figures need it), or give another --out_dir"
+        kept = Log(log, lambda r: r["step"] < step, hint=hint)  # later ones are made again
+    for name in ["last.pt"] * begins + ["summary.json", "eval.json"]:
+        (folder / name).unlink(missing_ok=True)
+    write_json(folder / "config.json", settings)
+    if begins:
+        (folder / "best.pt").unlink(missing_ok=True)
+    return Log(log, records=[]) if begins else kept
 
 
 def _fits(moments, p):
