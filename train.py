@@ -38,6 +38,7 @@ from tqdm import tqdm
 
 import data
 from engine import edits, ranks
+from engine.device import pick_compile
 from engine.resume import open_log, restore, saved_state
 from engine.run import Log, atomic_write, first_interrupt, first_line, held, read_json, versions, write_json
 from engine.weights import lora_record
@@ -342,7 +343,10 @@ def set_up(config):
 
     if ranks.first():
         run.log = open_log(out, asdict(config), run.step if saved else None)
-    tell(run, choose_compile(run))
+    compiled, reason = pick_compile(config.compile, setup.device, config.max_steps)
+    if compiled:  # see `optimise` for what happens if that fails
+        model.compiled_hidden = torch.compile(model.hidden, dynamic=True)  # once, not for every length
+    tell(run, reason)
     return run
 
 
@@ -412,19 +416,6 @@ def make_optimizer(model, config):
         dict(params=[p for p in trained if p.dim() < 2], weight_decay=0.0),
     ]
     return torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.98), fused=True)
-
-
-def choose_compile(run):
-    """Compile the network where that pays (see `optimise` for what happens if it fails). Returns what to print."""
-    device, wanted = run.setup.device.type, run.config.compile
-    if wanted == "auto" and device != "cuda":
-        return f"off (gains nothing on {device})"
-    if wanted == "auto" and run.config.max_steps < 2000:
-        return "off (so few steps do not repay a minute of compiling)"
-    if wanted == "no":
-        return "off"
-    run.model.compiled_hidden = torch.compile(run.model.hidden, dynamic=True)  # once, not for every length
-    return "on: the first step takes a minute longer"
 
 
 # ---- close ---------------------------------------------------------------------------------------------------------

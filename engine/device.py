@@ -51,6 +51,17 @@ def pick_dtype(wanted, device, width):
     return torch.float32, "this CPU has no fast bf16"
 
 
+def pick_compile(wanted, device, steps):
+    """(whether to compile the network, what to say of it). A wait for the compiler pays on a GPU, in a long run."""
+    if wanted == "no":
+        return False, "off"
+    if wanted == "auto" and device.type != "cuda":
+        return False, f"off (gains nothing on {device.type})"
+    if wanted == "auto" and steps < 2000:
+        return False, "off (so few steps do not repay a minute of compiling)"
+    return True, "on: the first step takes a minute longer"
+
+
 def amp(device, dtype):
     """The context in which matrix products run in dtype."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
