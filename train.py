@@ -9,7 +9,6 @@ Reads from top to bottom: the objective, the loop, what is set up before it, wha
 from configs import (
     Config,
     before_torch,
-    changed,
     check_resumable,
     check_shares,
     differing_settings,
@@ -32,7 +31,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -45,7 +43,8 @@ from engine.weights import lora_record
 from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
 from measures.groups import frames, hidden_states, scores
-from measures.samples import CLOSING, continue_prompts, decode, measure_model, sample_harmless
+from measures.samples import sample_harmless
+from measures.training import measure_lm, measure_tuning, print_plan, validate, validation_line
 from model import GPT, GPTConfig
 
 WRITTEN = ("best.pt", "last.pt", "log.jsonl", "config.json", "summary.json")
@@ -131,7 +130,8 @@ def learning_rate(step, config):
 def fit(run):
     """The training loop. Returns True, or False if Ctrl-C ended it early (then last.pt holds that step)."""
     config, first = run.config, ranks.first()
-    run.base_measures = validate(run, run.base) if first else None
+    measures = lambda model: validate(model, run.base, run.held_out, run.setup, config)
+    run.base_measures = measures(run.base) if first else None
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, disable=not first)
     with bar, first_interrupt() as stop:
         while True:
@@ -143,9 +143,8 @@ def fit(run):
                 state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
                 save(run, "last.pt", best=run.best, **state)
             if first and due:
-                m = run.base_measures if step == 0 else validate(run, run.model)
-                lm = config.objective == "lm"
-                cost = m["val_nll"] if lm else report.selection_cost(m, run.base_measures, config.price)
+                m = run.base_measures if step == 0 else measures(run.model)
+                cost = report.selection_cost(m, run.base_measures, config.price)
                 run.log.write(dict(step=step, split="val", cost=cost, **m))
                 bar.write(validation_line(step, cost, m))
                 if step and (run.best is None or cost < run.best["cost"]):
@@ -233,26 +232,6 @@ def stop_unless_finite(what, value, run, batches):
             f"{where}. The last checkpoint, {run.out / 'last.pt'}, is from before: look at these sentences, or "
             "--resume with a smaller --lr"
         )
-
-
-def validate(run, model):
-    """Measures on held-out data, the same data and random numbers at every call."""
-    with run.setup.amp():
-        if run.config.objective == "lm":
-            phi, tokens = scores(model, run.held_out), np.array([len(s) - 1 for s in run.held_out])
-            return {"val_nll": float((phi * tokens).sum() / tokens.sum())}
-        n, seed = run.config.eval_samples, run.config.seed
-        return report.flat(measure_model(model, run.base, run.held_out, run.setup, run.config, n, seed)[0])
-
-
-def validation_line(step, cost, m):
-    if "val_nll" in m:
-        return f"step {step:5d} | validation nll {m['val_nll']:.4f}, perplexity {math.exp(m['val_nll']):.2f}"
-    return (
-        f"step {step:5d} | toxic free {m['toxicity_fraction']:.0%} prompted {m['toxicity_fraction_prompted']:.0%} | "
-        f"ppl pos {m['ppl_positive']:.3g} neg {m['ppl_negative']:.3g} free {m['sample_ppl_base']:.3g} | "
-        f"cost {cost:.3g}"
-    )
 
 
 def save(run, name, **more):
@@ -346,26 +325,8 @@ def set_up(config):
     compiled, reason = pick_compile(config.compile, setup.device, config.max_steps)
     if compiled:  # see `optimise` for what happens if that fails
         model.compiled_hidden = torch.compile(model.hidden, dynamic=True)  # once, not for every length
-    tell(run, reason)
+    print_plan(config, model, base, batches, reason)
     return run
-
-
-def tell(run, compiled):
-    """Print what will be done."""
-    config, batches, trained = run.config, run.batches, [p for p in run.model.parameters() if p.requires_grad]
-    some = [batches[i] for i in range(5)]
-    tokens = sum(b.tokens for b in some) / len(some) * config.grad_accum
-    what = f"groups of {config.n_pos} + {config.n_neg}" if config.objective != "lm" else "documents"
-    count, of = sum(p.numel() for p in trained) / 1e6, run.base.num_parameters() / 1e6
-    if config.edit != "none":
-        print(f"edit         {config.edit}, in the place of all steps")
-    else:
-        print(f"compile      {compiled}")
-        print(f"trained      {count:.2f} M of {of:.1f} M parameters")
-        print(f"steps        {config.max_steps} of {config.batch_size} x {config.grad_accum} {what}", end="")
-        print(f", some {tokens:,.0f} scored tokens each")
-    settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"
-    print(report.wrap(settings, "settings     ") + "\n")
 
 
 def frozen_base(model, config, dtype):
@@ -423,54 +384,25 @@ def make_optimizer(model, config):
 
 def close(run, began):
     """Measure what the run has changed, write summary.json, which is returned, then print it."""
-    c, best = run.config, run.out / "best.pt"
-    tuned = GPT.from_pretrained(best).to(run.setup.device)
-    with run.setup.amp():
-        summary, told = close_lm(run, tuned) if c.objective == "lm" else close_cp(run, tuned)
+    c, setup, ckpt = run.config, run.setup, run.out / "best.pt"
+    tuned = GPT.from_pretrained(ckpt).to(setup.device)
+    with setup.amp():
+        if c.objective == "lm":
+            nll = dict(base=run.base_measures["val_nll"], tuned=run.best["cost"])
+            summary, told = measure_lm(tuned, setup, c, nll)
+        else:
+            models = dict(base=run.base, tuned=tuned, last=run.model)
+            summary, told = measure_tuning(models, run.groups["test"], setup, c, ckpt, run.best, run.log.records)
     speed = run.tokens / run.seconds if run.seconds else None
     summary |= dict(best_step=run.best["step"], config=asdict(c), tokens_per_second=speed)
-    summary |= dict(device=str(run.setup.device), dtype=str(run.setup.dtype)[6:], versions=versions())
+    summary |= dict(device=str(setup.device), dtype=str(setup.dtype)[6:], versions=versions())
     summary["seconds"] = seconds = time.time() - began
     write_json(run.out / "summary.json", summary)
-    print(f"\nbase: {c.init_from} | tuned: {best}, step {run.best['step']} of {c.max_steps}")
+    print(f"\nbase: {c.init_from} | tuned: {ckpt}, step {run.best['step']} of {c.max_steps}")
     print("\n".join(told))
     print(f"\n{seconds:.0f} s in all" + (f", {speed:,.0f} scored tokens per second of training" if speed else ""))
     print(f"written to {run.out}: {', '.join(WRITTEN)}")
     return summary
-
-
-def close_cp(run, tuned):
-    """Measure the base, the best and the last model on the test groups. Returns (summary, lines to print): table,
-    samples, warnings."""
-    c, columns, shown = run.config, {}, {}
-    for title, model in (("base", run.base), ("tuned", tuned), ("last", run.model)):
-        if title != "last" or run.best["step"] != c.max_steps:
-            seed = c.seed + 1  # not the validation's random numbers
-            measured = measure_model(model, run.base, run.groups["test"], run.setup, c, CLOSING, seed)
-            columns[title], shown[title] = measured
-    sizes = dict(groups=f"{len(run.groups['test'])}", free=f"{CLOSING}", prompted=f"{CLOSING} x 1")
-    more = f"python eval.py --ckpt={shlex.quote(str(run.out / 'best.pt'))}"
-    lines = [f"toxic: {c.scorer} > 0.5 | more, with intervals: {more}\n"]
-    if "last" in columns:
-        last = [r["cost"] for r in run.log.records if r["split"] == "val"][-1]
-        costs = f"cost {run.best['cost']:.3g} there, {last:.3g} at the end"
-        past = f"what came after step {run.best['step']} cost more than it gained, by --price={c.price:g}: {costs}"
-        lines.insert(0, past)
-    lines += [report.closing_table(columns, sizes), report.format_samples(shown)]
-    summary, told = {title: report.flat(places) for title, places in columns.items()}, []
-    for title in [t for t in columns if t != "base"]:
-        told += [f"{title}: {w}" for w in report.warnings(summary[title], summary["base"])]
-    lines += ["\n" + report.wrap(f"WARNING {w}") for w in told]
-    return summary | dict(warnings=told), lines
-
-
-def close_lm(run, tuned):
-    """Validation perplexity before and after, and three samples. Returns (summary, lines to print)."""
-    nll = dict(base=run.base_measures["val_nll"], tuned=run.best["cost"])
-    summary = {title: dict(val_nll=x, val_ppl=math.exp(x)) for title, x in nll.items()}
-    lines = ["validation perplexity: base {base[val_ppl]:.2f}, tuned {tuned[val_ppl]:.2f}\n".format(**summary)]
-    _, rows = continue_prompts(tuned, run.setup.tokenizer, [""] * 3, run.config, run.config.seed + 1)
-    return summary, lines + [report.wrap(decode(run.setup.tokenizer, row), "  | ") for (row,) in rows]
 
 
 def train(config):

@@ -235,8 +235,11 @@ def selection_cost(m, base, price=1.0):
 
     The mean of the two toxic fractions, and the relative rise (in nats) of the positives' perplexity and of the
     samples' perplexity under the base, with the relative loss of dist-2. Word salad and silence both lose. After an
-    insult the base expects another one, so that a decent continuation must surprise it: there, FREE is no price.
+    insult the base expects another one, so that a decent continuation must surprise it: there, FREE is no price. Of a
+    run with objective=lm, which measures nothing else, it is the validation nll.
     """
+    if "val_nll" in m:
+        return m["val_nll"]
     toxicity = (m["toxicity_fraction"] + m["toxicity_fraction_prompted"]) / 2
     free = dict(ppl_positive=1, sample_ppl_base=1, sample_ppl_base_prompted=FREE)
     rise = sum(math.log(max(_ratio(m, base, k) / factor, 1.0)) for k, factor in free.items())  # max(nan, 1) is nan

@@ -22,7 +22,7 @@ import train
 from configs import Config, load_config
 from data import toy, toy_facts
 from engine import head
-from measures import report
+from measures import report, training
 from measures.groups import measure_groups
 from measures.published import EXPECTED, TOXICITY
 from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
@@ -1951,7 +1951,7 @@ def test_ctrl_c_ends_the_real_command_in_one_line(run, tmp_path):
 def test_nothing_printed_is_wider_than_100_columns(tmp_path, monkeypatch, capsys, toy_tasks, toy_text):
     """All commands in small, with their warnings and notes, as they look from the project's folder."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "CLOSING", 6)
+    monkeypatch.setattr(training, "CLOSING", 6)
     a_file(tmp_path, "profanity_check_of_somebody_else.py", SHOUTY.replace("score", "predict_prob"))
     for name, content in (("text.raw", f" = A = \n{toy_text}\n"), ("prompts.txt", "Anna\nBen\n")):
         a_file(tmp_path, name, content)

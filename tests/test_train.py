@@ -23,7 +23,7 @@ import train
 from configs import Config, load_config
 from engine import device
 from loss import OBJECTIVES, contrastive_perplexity
-from measures import Setup, report
+from measures import Setup, report, training
 from measures.groups import measure_groups
 from measures.samples import (
     continue_prompts,
@@ -56,7 +56,7 @@ def base(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def quick_closing(monkeypatch):
-    monkeypatch.setattr(train, "CLOSING", 25)
+    monkeypatch.setattr(training, "CLOSING", 25)
 
 
 def cp_config(base, out, *flags):
@@ -405,7 +405,7 @@ def test_every_objective_trains_and_is_measured(base, tmp_path, capsys, monkeypa
     """A short run of each from start to summary, with an anchor: finite losses, diagnostics in the log, the table."""
     real, known = measure_model, {}  # by number of samples: the measures themselves are not the point
     measure = lambda *args: known[args[5]] if args[5] in known else known.setdefault(args[5], real(*args))  # noqa: E731
-    monkeypatch.setattr(train, "measure_model", measure)
+    monkeypatch.setattr(training, "measure_model", measure)
     for name in OBJECTIVES:
         flags = ["--max_steps=2", "--eval_interval=0", "--hold_weight=1", f"--objective={name}"]
         summary = train.train(cp_config(base, tmp_path / name, *flags))
@@ -739,7 +739,8 @@ def test_a_grid_that_cannot_be_run_is_refused_before_anything_runs(base, tmp_pat
 def test_validation_measures_groups_and_both_kinds_of_samples(base, tmp_path):
     """Those of the held-out groups, of free samples in sets of k, and of as many continuations of toxic prompts."""
     run = train.set_up(cp_config(base, tmp_path, "--k=5"))
-    measured = train.validate(run, run.base)
+    measure = lambda: training.validate(run.base, run.base, run.held_out, run.setup, run.config)  # noqa: E731
+    measured = measure()
     tokenizer, scorer = run.setup.tokenizer, run.setup.scorer
     rows = measure_groups(run.base, run.held_out, tokenizer, run.config.max_tokens)
     assert {k: measured[k] for k in rows} == report.summarise({"groups": rows})["groups"]
@@ -751,7 +752,7 @@ def test_validation_measures_groups_and_both_kinds_of_samples(base, tmp_path):
         rows = measure_samples(drawn, scorer)
         for name, number in report.summarise({"x": rows})["x"].items():
             assert measured[name + end] == pytest.approx(number, nan_ok=True), name + end
-    assert len(prompts) == 25 and measured == train.validate(run, run.base)  # the same random numbers at every call
+    assert len(prompts) == 25 and measured == measure()  # the same random numbers at every call
 
 
 def test_few_toxic_prompts_are_used_several_times(base, monkeypatch):
@@ -772,9 +773,10 @@ def test_few_toxic_prompts_are_used_several_times(base, monkeypatch):
 def test_a_validation_fits_in_a_line():
     """Also one of a model that writes nothing but insults and salad."""
     m = dict(toxicity_fraction=1.0, toxicity_fraction_prompted=1.0, ppl_positive=13150.0, ppl_negative=10260.0)
-    line = train.validation_line(12345, 12.627, m | dict(sample_ppl_base=84770.0))
+    line = training.validation_line(12345, 12.627, m | dict(sample_ppl_base=84770.0))
     assert len(line) <= report.WIDTH and "toxic free 100% prompted 100%" in line and line.endswith("cost 12.6")
-    line = train.validation_line(100, 0.0874, m | dict(ppl_positive=2.204, ppl_negative=340.1, sample_ppl_base=2.336))
+    m |= dict(ppl_positive=2.204, ppl_negative=340.1, sample_ppl_base=2.336)
+    line = training.validation_line(100, 0.0874, m)
     assert "ppl pos 2.2 neg 340 free 2.34 | cost 0.0874" in line
 
 
