@@ -37,8 +37,8 @@ from tqdm import tqdm
 import data
 from engine import edits, ranks
 from engine.device import pick_compile
-from engine.resume import open_log, restore, saved_state
-from engine.run import Log, atomic_write, first_interrupt, first_line, held, read_json, versions, write_json
+from engine.resume import open_log, restore, save, saved_state
+from engine.run import Log, first_interrupt, first_line, held, read_json, versions, write_json
 from engine.weights import lora_record
 from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
@@ -141,7 +141,7 @@ def fit(run):
             stopped = ranks.any_of(stop)
             if first and (due or stopped):  # before the validation, which may fail: a scorer is anybody's code
                 state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
-                save(run, "last.pt", best=run.best, **state)
+                save(run.out / "last.pt", run.model, step, run.lora, asdict(config), best=run.best, **state)
             if first and due:
                 m = run.base_measures if step == 0 else measures(run.model)
                 cost = report.selection_cost(m, run.base_measures, config.price)
@@ -149,7 +149,7 @@ def fit(run):
                 bar.write(validation_line(step, cost, m))
                 if step and (run.best is None or cost < run.best["cost"]):
                     run.best = {"cost": cost, "step": step}
-                    save(run, "best.pt", cost=cost, measures=m)
+                    save(run.out / "best.pt", run.model, step, run.lora, asdict(config), cost=cost, measures=m)
             if last or stopped or (due and ranks.any_of(stop)):  # where the others wait while the first one measures
                 return last
 
@@ -232,15 +232,6 @@ def stop_unless_finite(what, value, run, batches):
             f"{where}. The last checkpoint, {run.out / 'last.pt'}, is from before: look at these sentences, or "
             "--resume with a smaller --lr"
         )
-
-
-def save(run, name, **more):
-    """A checkpoint of tensors and plain types, written atomically."""
-    state = dict(model=run.model.trained_state(), model_config=asdict(run.model.config), step=run.step)
-    if run.lora:
-        state["lora"] = run.lora
-    state |= dict(config=asdict(run.config), tokenizer=run.config.tokenizer, **more)
-    atomic_write(run.out / name, lambda f: torch.save(state, f))
 
 
 # ---- set up --------------------------------------------------------------------------------------------------------

@@ -1,13 +1,14 @@
-"""The folder of a training run: how one begins, and what it goes on from, read and checked before anything is
-computed."""
+"""The folder of a training run: how one begins, its checkpoints, and what it goes on from, read and checked before
+anything is computed."""
 
 import math
 import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from engine.run import Log, write_json
+from engine.run import Log, atomic_write, write_json
 from engine.weights import load_checkpoint
 
 
@@ -78,6 +79,14 @@ def open_log(folder, settings, step=None):
     if begins:
         (folder / "best.pt").unlink(missing_ok=True)
     return Log(log, records=[]) if begins else kept
+
+
+def save(path, model, step, lora, settings, **more):
+    """A checkpoint of tensors and plain types, written atomically. lora is a `lora_record`, or None."""
+    state = dict(model=model.trained_state(), model_config=asdict(model.config), step=step)
+    state |= dict(lora=lora) if lora else {}
+    state |= dict(config=settings, tokenizer=settings["tokenizer"], **more)
+    atomic_write(path, lambda f: torch.save(state, f))
 
 
 def _fits(moments, p):
