@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from engine import edits, ranks
-from engine.device import pick_compile
+from engine.device import compile_where_it_pays
 from engine.resume import open_log, restore, save, saved_state
 from engine.run import Log, first_interrupt, first_line, held, read_json, versions, write_json
 from engine.weights import lora_record
@@ -44,7 +44,7 @@ from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
 from measures.groups import frames, hidden_states, scores
 from measures.samples import sample_harmless
-from measures.training import measure_lm, measure_tuning, print_plan, validate, validation_line
+from measures.training import close_lm, close_tuning, print_plan, validate, validation_line
 from model import GPT, GPTConfig
 
 WRITTEN = ("best.pt", "last.pt", "log.jsonl", "config.json", "summary.json")
@@ -130,8 +130,7 @@ def learning_rate(step, config):
 def fit(run):
     """The training loop. Returns True, or False if Ctrl-C ended it early (then last.pt holds that step)."""
     config, first = run.config, ranks.first()
-    measures = lambda model: validate(model, run.base, run.held_out, run.setup, config)
-    run.base_measures = measures(run.base) if first else None
+    run.base_measures = validate(run, run.base) if first else None
     bar = tqdm(total=config.max_steps, initial=run.step, unit="step", dynamic_ncols=True, disable=not first)
     with bar, first_interrupt() as stop:
         while True:
@@ -143,7 +142,7 @@ def fit(run):
                 state = dict(optimizer=run.optimizer.state_dict(), scaler=run.scaler.state_dict())
                 save(run.out / "last.pt", run.model, step, run.lora, asdict(config), best=run.best, **state)
             if first and due:
-                m = run.base_measures if step == 0 else measures(run.model)
+                m = run.base_measures if step == 0 else validate(run, run.model)
                 cost = report.selection_cost(m, run.base_measures, config.price)
                 run.log.write(dict(step=step, split="val", cost=cost, **m))
                 bar.write(validation_line(step, cost, m))
@@ -228,10 +227,8 @@ def stop_unless_finite(what, value, run, batches):
         where = f"{what} is {value} at step {run.step}, in {ids}"
         if run.step == 0 and run.config.init_from != "scratch":
             raise FloatingPointError(f"{where}: {run.config.init_from} may hold NaNs: try another --init_from")
-        raise FloatingPointError(
-            f"{where}. The last checkpoint, {run.out / 'last.pt'}, is from before: look at these sentences, or "
-            "--resume with a smaller --lr"
-        )
+        advice = "look at these sentences, or --resume with a smaller --lr"
+        raise FloatingPointError(f"{where}. The last checkpoint, {run.out / 'last.pt'}, is from before: {advice}")
 
 
 # ---- set up --------------------------------------------------------------------------------------------------------
@@ -249,37 +246,6 @@ def starting_model(config, tokenizer):
     return GPT.from_pretrained(find(source), tokenizer.n_vocab)
 
 
-def trained_by(path, config):
-    """The checkpoint that a config file makes. Its run comes first if that is missing, and goes on if it is unfinished.
-
-    Raises ValueError if the folder holds the run of other settings.
-    """
-    machine = [f"--{name}={getattr(config, name)}" for name in ("device", "dtype", "compile")]
-    wanted = load_config("train", [path, *machine], said=f"--init_from={path}: ")
-    best = Path(wanted.out_dir) / "best.pt"
-    if is_finished(wanted, f"delete that folder, or name its checkpoint, --init_from={shlex.quote(str(best))}", path):
-        return str(best)
-    print(f"=== {path} comes first: it makes the model to start from ===\n")
-    with ranks.alone():
-        if train(wanted) is None:
-            sys.exit(130)  # Ctrl-C
-    print(f"\n=== {best} is made; now the run itself ===\n")
-    return str(best)
-
-
-def is_finished(config, hint, source):
-    """Whether out_dir holds the finished run of these settings; if an unfinished one, config.resume is set. Raises
-    ValueError if it is another's than `source` says."""
-    out = Path(config.out_dir)
-    if (out / "config.json").is_file():
-        if names := differing_settings(config, read_json(out / "config.json", hint)):
-            raise ValueError(f"{out} was made with another {', '.join(names)} than {source} says: {hint}")
-        if (out / "summary.json").is_file() and (out / "best.pt").is_file():
-            return True
-        config.resume = (out / "last.pt").is_file()
-    return False
-
-
 def set_up(config):
     """Build a Run, print what it will do, and continue an unfinished one if asked to."""
     with ranks.first_before_others():  # which find made, or in the cache, what it makes or downloads
@@ -289,46 +255,42 @@ def set_up(config):
         setup = open_setup(config, {"model": config.init_from}, build=lambda _, tok: starting_model(config, tok))
     model = setup.models["model"]
     batches, held_out, groups = data.open_data(config, setup.tokenizer, model.config.n_positions)
-    base, lora = frozen_base(model, config, setup.dtype)
+
+    # ---- the frozen base, of which LoRA needs no copy: it leaves the weights as they are
+    base, lora = copy.deepcopy(model, {id(p): p for p in model.parameters()} if config.lora_rank else {}), None
+    if config.lora_rank:
+        lora = lora_record(base.source, base.state_dict(), config.lora_alpha / config.lora_rank)
+        torch.manual_seed(config.seed)
+        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
+    for p in base.requires_grad_(False).matrices():  # autocast casts what is frozen at every use
+        p.data = p.data.to(setup.dtype)
     if config.objective != "lm" and config.edit == "none":
         with setup.amp():
             ask_base(base, batches, setup, config, groups["train"])
+
+    # ---- what is trained, and by what
     if config.freeze_embeddings:
         model.transformer.wte.requires_grad_(False)  # the output head too: it is tied
         model.transformer.wpe.requires_grad_(False)
-    if config.lora_rank:
-        torch.manual_seed(config.seed)
-        model.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
     # From 2^10: the usual 2^16 overflows at first, and with 60 steps there are none to spare.
     scaler = torch.amp.GradScaler(setup.device.type, 2.0**10, enabled=setup.dtype == torch.float16)
     optimizer = make_optimizer(model, config)
+    how = (config.compile, setup.device, config.max_steps)  # see `optimise` for what happens if the compiler fails
+    model.compiled_hidden, told = compile_where_it_pays(model.hidden, *how)
     run = Run(config, out, setup, model, base, optimizer, scaler, batches, held_out, groups, lora=lora)
+
+    # ---- where it begins
     if config.edit != "none":
         edit(run)
     elif saved:
-        restore(model, run.optimizer, scaler, saved, out / "last.pt")
+        restore(model, optimizer, scaler, saved, out / "last.pt")
         run.step, run.best = saved["step"], saved["best"]
         names = differing_settings(config, saved["config"])
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(names)}" if names else ""))
-
     if ranks.first():
         run.log = open_log(out, asdict(config), run.step if saved else None)
-    compiled, reason = pick_compile(config.compile, setup.device, config.max_steps)
-    if compiled:  # see `optimise` for what happens if that fails
-        model.compiled_hidden = torch.compile(model.hidden, dynamic=True)  # once, not for every length
-    print_plan(config, model, base, batches, reason)
+    print_plan(run, told)
     return run
-
-
-def frozen_base(model, config, dtype):
-    """(a frozen copy of the model, what checkpoints of LoRA's matrices say of it or None). LoRA leaves the weights as
-    they are, so there these are no copy."""
-    base = copy.deepcopy(model, {id(p): p for p in model.parameters()} if config.lora_rank else {})
-    scale = config.lora_alpha / max(1, config.lora_rank)
-    lora = lora_record(base.source, base.state_dict(), scale) if config.lora_rank else None
-    for p in base.requires_grad_(False).matrices():  # autocast casts what is frozen at every use
-        p.data = p.data.to(dtype)
-    return base, lora
 
 
 def ask_base(base, batches, setup, config, groups):
@@ -341,8 +303,7 @@ def ask_base(base, batches, setup, config, groups):
         rows = list(dict.fromkeys(map(tuple, sentences)))  # each once
         batches.base = dict(zip(rows, scores(base, rows, what="scores of the base").tolist(), strict=True))
     if config.anchor_kl + config.anchor_nll:
-        sampling = (base, setup.tokenizer, setup.scorer, config, groups)
-        texts, starts = ranks.from_first(lambda: sample_harmless(*sampling))
+        texts, starts = ranks.from_first(lambda: sample_harmless(base, setup.tokenizer, setup.scorer, config, groups))
         sizes = (config.anchor_batch, config.seed, base.config.n_positions + 1)
         batches.anchor = data.Batches(texts, setup.tokenizer, *sizes, starts=starts)
 
@@ -378,22 +339,19 @@ def close(run, began):
     c, setup, ckpt = run.config, run.setup, run.out / "best.pt"
     tuned = GPT.from_pretrained(ckpt).to(setup.device)
     with setup.amp():
-        if c.objective == "lm":
-            nll = dict(base=run.base_measures["val_nll"], tuned=run.best["cost"])
-            summary, told = measure_lm(tuned, setup, c, nll)
-        else:
-            models = dict(base=run.base, tuned=tuned, last=run.model)
-            summary, told = measure_tuning(models, run.groups["test"], setup, c, ckpt, run.best, run.log.records)
-    speed = run.tokens / run.seconds if run.seconds else None
-    summary |= dict(best_step=run.best["step"], config=asdict(c), tokens_per_second=speed)
-    summary |= dict(device=str(setup.device), dtype=str(setup.dtype)[6:], versions=versions())
-    summary["seconds"] = seconds = time.time() - began
+        summary, told = close_lm(run, tuned) if c.objective == "lm" else close_tuning(run, tuned)
+    seconds, speed = time.time() - began, run.tokens / run.seconds if run.seconds else None
+    summary |= dict(best_step=run.best["step"], config=asdict(c), tokens_per_second=speed, device=str(setup.device))
+    summary |= dict(dtype=str(setup.dtype)[6:], versions=versions(), seconds=seconds)
     write_json(run.out / "summary.json", summary)
     print(f"\nbase: {c.init_from} | tuned: {ckpt}, step {run.best['step']} of {c.max_steps}")
     print("\n".join(told))
     print(f"\n{seconds:.0f} s in all" + (f", {speed:,.0f} scored tokens per second of training" if speed else ""))
     print(f"written to {run.out}: {', '.join(WRITTEN)}")
     return summary
+
+
+# ---- runs: one, the one that makes its base, those of a sweep ------------------------------------------------------
 
 
 def train(config):
@@ -406,6 +364,35 @@ def train(config):
             return close(run, began) if ranks.first() else {}
     print(f"\nstopped before step {run.step}; {run.out / 'last.pt'} is saved: the same command with --resume goes on")
     return None
+
+
+def trained_by(path, config):
+    """The checkpoint that a config file makes. Its run comes first if that is missing, and goes on if it is unfinished.
+    Raises ValueError if its folder holds the run of other settings."""
+    machine = [f"--{name}={getattr(config, name)}" for name in ("device", "dtype", "compile")]
+    wanted = load_config("train", [path, *machine], said=f"--init_from={path}: ")
+    best = Path(wanted.out_dir) / "best.pt"
+    hint = f"delete that folder, or name its checkpoint, --init_from={shlex.quote(str(best))}"
+    if not is_finished(wanted, hint, path):
+        print(f"=== {path} comes first: it makes the model to start from ===\n")
+        with ranks.alone():
+            if train(wanted) is None:
+                sys.exit(130)  # Ctrl-C
+        print(f"\n=== {best} is made; now the run itself ===\n")
+    return best
+
+
+def is_finished(config, hint, source):
+    """Whether out_dir holds the finished run of these settings; if an unfinished one, config.resume is set. Raises
+    ValueError if it is another's than `source` says."""
+    out = Path(config.out_dir)
+    if (out / "config.json").is_file():
+        if names := differing_settings(config, read_json(out / "config.json", hint)):
+            raise ValueError(f"{out} was made with another {', '.join(names)} than {source} says: {hint}")
+        if (out / "summary.json").is_file() and (out / "best.pt").is_file():
+            return True
+        config.resume = (out / "last.pt").is_file()
+    return False
 
 
 def sweep(config):

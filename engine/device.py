@@ -51,15 +51,16 @@ def pick_dtype(wanted, device, width):
     return torch.float32, "this CPU has no fast bf16"
 
 
-def pick_compile(wanted, device, steps):
-    """(whether to compile the network, what to say of it). A wait for the compiler pays on a GPU, in a long run."""
+def compile_where_it_pays(function, wanted, device, steps):
+    """(torch.compile of a function or None, what to say of it): as wanted, else where the wait for it pays."""
     if wanted == "no":
-        return False, "off"
+        return None, "off"
     if wanted == "auto" and device.type != "cuda":
-        return False, f"off (gains nothing on {device.type})"
+        return None, f"off (gains nothing on {device.type})"
     if wanted == "auto" and steps < 2000:
-        return False, "off (so few steps do not repay a minute of compiling)"
-    return True, "on: the first step takes a minute longer"
+        return None, "off (so few steps do not repay a minute of compiling)"
+    compiled = torch.compile(function, dynamic=True)  # once, not for every length
+    return compiled, "on: the first step takes a minute longer"
 
 
 def amp(device, dtype):

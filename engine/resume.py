@@ -4,7 +4,6 @@ anything is computed."""
 import math
 import shlex
 from dataclasses import asdict
-from pathlib import Path
 
 import torch
 
@@ -13,23 +12,17 @@ from engine.weights import load_checkpoint
 
 
 def saved_state(folder, resume):
-    """What `load_last` has of a folder's run if it is to be resumed, else None. An unfinished run is never overwritten
-    unasked: that is a ValueError."""
-    last = folder / "last.pt"
-    if resume:
-        return load_last(last)
-    if (folder / "summary.json").is_file():
-        print(f"{folder} holds a finished run, which this one replaces")
-    elif last.is_file():
-        ways = "add --resume to go on with it, or give another --out_dir, or delete it"
-        raise ValueError(f"{folder} holds an unfinished run: {ways}")
-    return None
-
-
-def load_last(path):
-    """The content of a last.pt, with cost and step of the best.pt beside it as "best". Raises FileNotFoundError or
-    ValueError with one line if it cannot be gone on from."""
-    path = Path(path)
+    """The content of a folder's last.pt if its run is to be resumed, with cost and step of the best.pt beside it as
+    "best"; else None. Raises FileNotFoundError or ValueError with one line if it cannot be resumed, and ValueError if
+    the folder holds an unfinished run that is not to be: none is overwritten unasked."""
+    path, file = folder / "last.pt", folder / "best.pt"
+    if not resume:
+        if (folder / "summary.json").is_file():
+            print(f"{folder} holds a finished run, which this one replaces")
+        elif path.is_file():
+            ways = "add --resume to go on with it, or give another --out_dir, or delete it"
+            raise ValueError(f"{folder} holds an unfinished run: {ways}")
+        return None
     if not path.is_file():
         raise FileNotFoundError(f"nothing to resume, there is no {path}: leave --resume out, or check --out_dir")
     saved = load_checkpoint(path)
@@ -39,7 +32,6 @@ def load_last(path):
             f"{path} has no usable {wrong[0]!r} state, so it cannot be resumed: start in another --out_dir, from these "
             f"weights with --init_from={shlex.quote(str(path))}"
         )
-    file = path.with_name("best.pt")
     if saved["best"] and not file.is_file():
         raise FileNotFoundError(f"{file} is missing, which belongs to {path}: put it back, or give another --out_dir")
     if saved["best"] or file.is_file():  # of an earlier validation, or of this very step's: then a kill came after it
@@ -69,16 +61,17 @@ def restore(model, optimizer, scaler, saved, path):
 def open_log(folder, settings, step=None):
     """The log of a run that begins, or that goes on at `step`, beside its config.json. They are written in an order in
     which a kill leaves nothing that a later run would take for its own."""
-    log, begins = folder / "log.jsonl", step is None
+    path, begins = folder / "log.jsonl", step is None
     if not begins:
         hint = "take that line out (only figures need it), or give another --out_dir"
-        kept = Log(log, lambda r: r["step"] < step, hint=hint)  # later ones are made again
-    for name in ["last.pt"] * begins + ["summary.json", "eval.json"]:
+        log = Log(path, lambda r: r["step"] < step, hint=hint)  # later ones are made again
+    for name in ("last.pt", "summary.json", "eval.json") if begins else ("summary.json", "eval.json"):
         (folder / name).unlink(missing_ok=True)
     write_json(folder / "config.json", settings)
     if begins:
         (folder / "best.pt").unlink(missing_ok=True)
-    return Log(log, records=[]) if begins else kept
+        log = Log(path, records=[])
+    return log
 
 
 def save(path, model, step, lora, settings, **more):

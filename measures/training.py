@@ -1,4 +1,5 @@
-"""What train.py prints and measures besides its steps: what it will do, validations, and what it has changed."""
+"""What train.py measures and prints besides its steps: what it will do, validations, what it has changed. A `run` is
+its Run."""
 
 import math
 import shlex
@@ -11,29 +12,31 @@ from measures.groups import scores
 from measures.samples import CLOSING, continue_prompts, decode, measure_model
 
 
-def print_plan(config, model, base, batches, compiled):
+def print_plan(run, compiled):
     """Print what will be done."""
+    config = run.config
     if config.edit != "none":
         print(f"edit         {config.edit}, in the place of all steps")
     else:
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
-        tokens = sum(batches[i].tokens for i in range(5)) / 5 * config.grad_accum
+        trained = sum(p.numel() for p in run.model.parameters() if p.requires_grad) / 1e6
+        tokens = sum(run.batches[i].tokens for i in range(5)) / 5 * config.grad_accum
         what = f"groups of {config.n_pos} + {config.n_neg}" if config.objective != "lm" else "documents"
         steps = f"{config.max_steps} of {config.batch_size} x {config.grad_accum} {what}"
         print(f"compile      {compiled}")
-        print(f"trained      {trained:.2f} M of {base.num_parameters() / 1e6:.1f} M parameters")
+        print(f"trained      {trained:.2f} M of {run.base.num_parameters() / 1e6:.1f} M parameters")
         print(f"steps        {steps}, some {tokens:,.0f} scored tokens each")
     settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"
     print(report.wrap(settings, "settings     ") + "\n")
 
 
-def validate(model, base, held_out, setup, config):
-    """Measures on held-out data, groups or token lists (lm), the same data and random numbers at every call."""
-    with setup.amp():
-        if config.objective == "lm":
-            phi, tokens = scores(model, held_out), np.array([len(s) - 1 for s in held_out])
+def validate(run, model):
+    """Measures on held-out data, the same data and random numbers at every call."""
+    with run.setup.amp():
+        if run.config.objective == "lm":
+            phi, tokens = scores(model, run.held_out), np.array([len(s) - 1 for s in run.held_out])
             return {"val_nll": float((phi * tokens).sum() / tokens.sum())}
-        return report.flat(measure_model(model, base, held_out, setup, config, config.eval_samples, config.seed)[0])
+        n, seed = run.config.eval_samples, run.config.seed
+        return report.flat(measure_model(model, run.base, run.held_out, run.setup, run.config, n, seed)[0])
 
 
 def validation_line(step, cost, m):
@@ -46,23 +49,22 @@ def validation_line(step, cost, m):
     )
 
 
-def measure_tuning(models, groups, setup, config, ckpt, best, records):
-    """Base, tuned and last model, by title, on the test groups; the last one only if it is not the best, whose cost and
-    step are given. Returns (summary, lines to print): table, samples, warnings."""
-    columns, shown = {}, {}
-    for title, model in models.items():
-        if title != "last" or best["step"] != config.max_steps:
-            seed = config.seed + 1  # not the validation's random numbers
-            measured = measure_model(model, models["base"], groups, setup, config, CLOSING, seed)
-            columns[title], shown[title] = measured
-    lines = []
-    if "last" in columns:
-        last = [r["cost"] for r in records if r["split"] == "val"][-1]
-        costs = f"cost {best['cost']:.3g} there, {last:.3g} at the end"
-        lines += [f"what came after step {best['step']} cost more than it gained, by --price={config.price:g}: {costs}"]
-    more = f"python eval.py --ckpt={shlex.quote(str(ckpt))}"
-    lines += [f"toxic: {config.scorer} > 0.5 | more, with intervals: {more}\n"]
+def close_tuning(run, tuned):
+    """Measure the base, the best and the last model on the test groups. Returns (summary, lines to print): table,
+    samples, warnings."""
+    c, groups, columns, shown = run.config, run.groups["test"], {}, {}
+    for title, model in (("base", run.base), ("tuned", tuned), ("last", run.model)):
+        if title != "last" or run.best["step"] != c.max_steps:
+            seed = c.seed + 1  # not the validation's random numbers
+            columns[title], shown[title] = measure_model(model, run.base, groups, run.setup, c, CLOSING, seed)
     sizes = dict(groups=f"{len(groups)}", free=f"{CLOSING}", prompted=f"{CLOSING} x 1")
+    more = f"python eval.py --ckpt={shlex.quote(str(run.out / 'best.pt'))}"
+    lines = [f"toxic: {c.scorer} > 0.5 | more, with intervals: {more}\n"]
+    if "last" in columns:
+        last = [r["cost"] for r in run.log.records if r["split"] == "val"][-1]
+        costs = f"cost {run.best['cost']:.3g} there, {last:.3g} at the end"
+        past = f"what came after step {run.best['step']} cost more than it gained, by --price={c.price:g}: {costs}"
+        lines.insert(0, past)
     lines += [report.closing_table(columns, sizes), report.format_samples(shown)]
     summary, told = {title: report.flat(places) for title, places in columns.items()}, []
     for title in [t for t in columns if t != "base"]:
@@ -71,10 +73,10 @@ def measure_tuning(models, groups, setup, config, ckpt, best, records):
     return summary | dict(warnings=told), lines
 
 
-def measure_lm(model, setup, config, nll):
-    """Validation perplexity before and after, of nll by title, and three samples of the tuned model. Returns (summary,
-    lines to print)."""
+def close_lm(run, tuned):
+    """Validation perplexity before and after, and three samples. Returns (summary, lines to print)."""
+    nll = dict(base=run.base_measures["val_nll"], tuned=run.best["cost"])
     summary = {title: dict(val_nll=x, val_ppl=math.exp(x)) for title, x in nll.items()}
     lines = ["validation perplexity: base {base[val_ppl]:.2f}, tuned {tuned[val_ppl]:.2f}\n".format(**summary)]
-    _, rows = continue_prompts(model, setup.tokenizer, [""] * 3, config, config.seed + 1)
-    return summary, lines + [report.wrap(decode(setup.tokenizer, row), "  | ") for (row,) in rows]
+    _, rows = continue_prompts(tuned, run.setup.tokenizer, [""] * 3, run.config, run.config.seed + 1)
+    return summary, lines + [report.wrap(decode(run.setup.tokenizer, row), "  | ") for (row,) in rows]

@@ -739,8 +739,7 @@ def test_a_grid_that_cannot_be_run_is_refused_before_anything_runs(base, tmp_pat
 def test_validation_measures_groups_and_both_kinds_of_samples(base, tmp_path):
     """Those of the held-out groups, of free samples in sets of k, and of as many continuations of toxic prompts."""
     run = train.set_up(cp_config(base, tmp_path, "--k=5"))
-    measure = lambda: training.validate(run.base, run.base, run.held_out, run.setup, run.config)  # noqa: E731
-    measured = measure()
+    measured = train.validate(run, run.base)
     tokenizer, scorer = run.setup.tokenizer, run.setup.scorer
     rows = measure_groups(run.base, run.held_out, tokenizer, run.config.max_tokens)
     assert {k: measured[k] for k in rows} == report.summarise({"groups": rows})["groups"]
@@ -752,7 +751,7 @@ def test_validation_measures_groups_and_both_kinds_of_samples(base, tmp_path):
         rows = measure_samples(drawn, scorer)
         for name, number in report.summarise({"x": rows})["x"].items():
             assert measured[name + end] == pytest.approx(number, nan_ok=True), name + end
-    assert len(prompts) == 25 and measured == measure()  # the same random numbers at every call
+    assert len(prompts) == 25 and measured == train.validate(run, run.base)  # the same random numbers at every call
 
 
 def test_few_toxic_prompts_are_used_several_times(base, monkeypatch):
