@@ -6,17 +6,7 @@ Reads from top to bottom: the objective, the loop, what is set up before it, wha
     python train.py configs/gpt2_cp.py --tau=0.5 --out_dir=out/tau0.5
 """
 
-from configs import (
-    Config,
-    before_torch,
-    check_resumable,
-    check_shares,
-    differing_settings,
-    find,
-    load_config,
-    one_line_errors,
-    swept,
-)
+from configs import Config, before_torch, check_resumable, check_shares, find, load_config, one_line_errors, swept
 
 if __name__ == "__main__":
     before_torch("train", __doc__)
@@ -36,9 +26,9 @@ from tqdm import tqdm
 
 import data
 from engine import edits, ranks
-from engine.device import compile_where_it_pays
-from engine.resume import open_log, restore, save, saved_state
-from engine.run import Log, first_interrupt, first_line, held, read_json, versions, write_json
+from engine.device import compile_if_it_pays
+from engine.resume import is_finished, open_log, restore, save, saved_state
+from engine.run import Log, first_interrupt, first_line, held, versions, write_json
 from engine.weights import lora_record
 from loss import OBJECTIVES, diagnose, language_modelling, scaled
 from measures import Setup, open_setup, report
@@ -256,8 +246,9 @@ def set_up(config):
     model = setup.models["model"]
     batches, held_out, groups = data.open_data(config, setup.tokenizer, model.config.n_positions)
 
-    # ---- the frozen base, of which LoRA needs no copy: it leaves the weights as they are
-    base, lora = copy.deepcopy(model, {id(p): p for p in model.parameters()} if config.lora_rank else {}), None
+    # ---- the frozen base
+    shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA leaves the weights as they are
+    base, lora = copy.deepcopy(model, shared), None
     if config.lora_rank:
         lora = lora_record(base.source, base.state_dict(), config.lora_alpha / config.lora_rank)
         torch.manual_seed(config.seed)
@@ -275,8 +266,8 @@ def set_up(config):
     # From 2^10: the usual 2^16 overflows at first, and with 60 steps there are none to spare.
     scaler = torch.amp.GradScaler(setup.device.type, 2.0**10, enabled=setup.dtype == torch.float16)
     optimizer = make_optimizer(model, config)
-    how = (config.compile, setup.device, config.max_steps)  # see `optimise` for what happens if the compiler fails
-    model.compiled_hidden, told = compile_where_it_pays(model.hidden, *how)
+    # See `optimise` for what happens if the compiler fails.
+    model.compiled_hidden, told = compile_if_it_pays(model.hidden, config.compile, setup.device, config.max_steps)
     run = Run(config, out, setup, model, base, optimizer, scaler, batches, held_out, groups, lora=lora)
 
     # ---- where it begins
@@ -285,7 +276,7 @@ def set_up(config):
     elif saved:
         restore(model, optimizer, scaler, saved, out / "last.pt")
         run.step, run.best = saved["step"], saved["best"]
-        names = differing_settings(config, saved["config"])
+        names = config.differing(saved["config"])
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(names)}" if names else ""))
     if ranks.first():
         run.log = open_log(out, asdict(config), run.step if saved else None)
@@ -380,19 +371,6 @@ def trained_by(path, config):
                 sys.exit(130)  # Ctrl-C
         print(f"\n=== {best} is made; now the run itself ===\n")
     return best
-
-
-def is_finished(config, hint, source):
-    """Whether out_dir holds the finished run of these settings; if an unfinished one, config.resume is set. Raises
-    ValueError if it is another's than `source` says."""
-    out = Path(config.out_dir)
-    if (out / "config.json").is_file():
-        if names := differing_settings(config, read_json(out / "config.json", hint)):
-            raise ValueError(f"{out} was made with another {', '.join(names)} than {source} says: {hint}")
-        if (out / "summary.json").is_file() and (out / "best.pt").is_file():
-            return True
-        config.resume = (out / "last.pt").is_file()
-    return False
 
 
 def sweep(config):

@@ -239,6 +239,12 @@ class Config:
         if self.lora_rank and self.init_from == "scratch":
             raise ValueError("lora_rank adds to a model: init_from must name one, not 'scratch' (or --lora_rank=0)")
 
+    def differing(self, saved):
+        """Names of train.py's settings, NOT_IDENTITY aside, that a saved run (a dict) has otherwise. What it lacks is a
+        default."""
+        mine = {n: f.default for n, f in SETTINGS.items() if "train" in f.metadata["scripts"] and n not in NOT_IDENTITY}
+        return [n for n, default in mine.items() if saved.get(n, default) != getattr(self, n)]
+
 
 SETTINGS = {f.name: f for f in fields(Config)}
 LIMITS = dict(above=(operator.gt, "more than"), low=(operator.ge, "at least"), high=(operator.le, "at most"))
@@ -444,17 +450,10 @@ def swept(config):
     return runs
 
 
-def differing_settings(config, saved):
-    """Names of train.py's settings, NOT_IDENTITY aside, that a saved run (a dict) has otherwise. What it lacks is a
-    default."""
-    mine = {n: f.default for n, f in SETTINGS.items() if "train" in f.metadata["scripts"] and n not in NOT_IDENTITY}
-    return [n for n, default in mine.items() if saved.get(n, default) != getattr(config, n)]
-
-
 def check_resumable(config, saved, path, step=0):
     """Raise ValueError if `path`, a run's last.pt with the settings `saved`, is of another run than `config` means, or
     at a step behind its last."""
-    if names := [n for n in differing_settings(config, saved) if n not in MAY_CHANGE]:
+    if names := [n for n in config.differing(saved) if n not in MAY_CHANGE]:
         there = ", ".join(f"--{n}={shlex.quote(str(saved.get(n, SETTINGS[n].default)))}" for n in names[:5])
         raise ValueError(
             f"{path} was made with {there}{' and more' * bool(names[5:])}: give the same with --resume, or another "

@@ -51,7 +51,7 @@ def pick_dtype(wanted, device, width):
     return torch.float32, "this CPU has no fast bf16"
 
 
-def compile_where_it_pays(function, wanted, device, steps):
+def compile_if_it_pays(function, wanted, device, steps):
     """(torch.compile of a function or None, what to say of it): as wanted, else where the wait for it pays."""
     if wanted == "no":
         return None, "off"

@@ -4,11 +4,25 @@ anything is computed."""
 import math
 import shlex
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 
-from engine.run import Log, atomic_write, write_json
+from engine.run import Log, atomic_write, read_json, write_json
 from engine.weights import load_checkpoint
+
+
+def is_finished(config, hint, source):
+    """Whether out_dir holds the finished run of these settings; if an unfinished one, config.resume is set. Raises
+    ValueError if it is another's than `source` says, and gives the hint."""
+    out = Path(config.out_dir)
+    if (out / "config.json").is_file():
+        if names := config.differing(read_json(out / "config.json", hint)):
+            raise ValueError(f"{out} was made with another {', '.join(names)} than {source} says: {hint}")
+        if (out / "summary.json").is_file() and (out / "best.pt").is_file():
+            return True
+        config.resume = (out / "last.pt").is_file()
+    return False
 
 
 def saved_state(folder, resume):

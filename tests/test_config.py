@@ -23,7 +23,6 @@ from configs import (
     changed,
     check_resumable,
     check_value,
-    differing_settings,
     load_config,
     one_line_errors,
     read_config_file,
@@ -588,21 +587,21 @@ def test_config_json_round_trips(tmp_path):
 def test_where_a_run_happens_is_not_what_it_is(name):
     """Another folder, device or precision is the same run."""
     other = {bool: True, str: [*SETTINGS[name].metadata["among"], "", "elsewhere"][1]}[SETTINGS[name].type]
-    assert differing_settings(Config(), asdict(Config()) | {name: other}) == []
+    assert Config().differing(asdict(Config()) | {name: other}) == []
 
 
 def test_differing_settings():
     """By name; what an older run's file does not hold had its default, and what it holds besides is no matter."""
     saved = asdict(Config(tau=0.5))
-    assert differing_settings(Config(), saved) == ["tau"] and differing_settings(Config(tau=0.5), saved) == []
+    assert Config().differing(saved) == ["tau"] and Config(tau=0.5).differing(saved) == []
     del saved["alpha"], saved["tau"]
-    assert differing_settings(Config(alpha=2), saved | {"beta1": 0.9}) == ["alpha"]
-    assert differing_settings(Config(tau=0.5), saved) == ["tau"]
+    assert Config(alpha=2).differing(saved | {"beta1": 0.9}) == ["alpha"]
+    assert Config(tau=0.5).differing(saved) == ["tau"]
 
 
 def test_only_what_the_script_reads_differs():
     """What eval.py and data_gen.py measure and sample with does not make another training run."""
-    assert differing_settings(Config(prompts="", parts="drift", rounds=3), asdict(Config())) == []
+    assert Config(prompts="", parts="drift", rounds=3).differing(asdict(Config())) == []
 
 
 @pytest.mark.parametrize("name", sorted({*of("train")} - {*NOT_IDENTITY}))
