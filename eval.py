@@ -22,7 +22,6 @@ from configs import (
     check_value,
     find,
     load_config,
-    one_line,
     one_line_errors,
     read_config_file,
 )
@@ -31,8 +30,6 @@ if __name__ == "__main__":
     before_torch("eval", __doc__)
 
 import difflib
-import hashlib
-import json
 import math
 import re
 import shlex
@@ -48,7 +45,7 @@ from tqdm import tqdm
 import data
 from data import toy, toy_facts
 from data.prompts import read_challenging, read_prompts
-from engine.run import Log, atomic_write, held, read_json, read_records, versions, write_json
+from engine.run import Log, atomic_write, cached, held, read_records, sha256, versions, write_json
 from engine.weights import PUBLISHED, load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
 from measures.decoding import Steering, make_steering
@@ -217,32 +214,6 @@ def compare_drift(ev, text):
         sequences = frames(sentences, ev.setup.tokenizer, shorter, ev.config.max_tokens)
     compute = lambda model: measure_drift(model, ev.setup.models["base"], sequences)
     measure_sides(ev, "drift", place, sequences, compute)
-
-
-def sha256(x):
-    """Of a model's parameters, or of anything that JSON can hold."""
-    digest = hashlib.sha256()
-    if isinstance(x, GPT):
-        for p in x.parameters():
-            digest.update(p.detach().float().cpu().numpy().tobytes())
-    else:
-        digest.update(json.dumps(x, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def cached(path, key, compute):
-    """(compute(), False), or (what an earlier call left at `path` for the same key, True). Arrays become lists."""
-    if path.is_file():
-        try:
-            saved = read_json(path, "measured again")
-        except ValueError as e:
-            print(one_line(e))
-            saved = {}
-        if saved.get("key") == sha256([key, saved.get("value")]):  # so an altered value does not count either
-            return saved["value"], True
-    value = json.loads(json.dumps(compute(), default=np.ndarray.tolist))
-    atomic_write(path, json.dumps(dict(key=sha256([key, value]), value=value)))
-    return value, False
 
 
 # ---- an evaluation: open, measure, close ---------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """A run's folder and files: whole or absent, read with one kind of message, held by one process; Ctrl-C."""
 
 import errno
+import hashlib
 import json
 import os
 import platform
@@ -169,6 +170,35 @@ def append(path, text):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a", encoding="utf-8") as f:
             f.write(text)
+
+
+# ---- results that are kept -----------------------------------------------------------------------------------------
+
+
+def sha256(x):
+    """Of a model's parameters, or of anything that JSON can hold."""
+    digest = hashlib.sha256()
+    if isinstance(x, torch.nn.Module):
+        for p in x.parameters():
+            digest.update(p.detach().float().cpu().numpy().tobytes())
+    else:
+        digest.update(json.dumps(x, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def cached(path, key, compute):
+    """(compute(), False), or (what an earlier call left at `path` for the same key, True). Arrays become lists."""
+    saved = {}
+    if path.is_file():
+        try:
+            saved = read_json(path, "measured again")
+        except ValueError as e:
+            print(e)
+    if saved.get("key") == sha256([key, saved.get("value")]):  # so an altered value does not count either
+        return saved["value"], True
+    value = json.loads(json.dumps(compute(), default=np.ndarray.tolist))
+    atomic_write(path, json.dumps(dict(key=sha256([key, value]), value=value)))
+    return value, False
 
 
 # ---- a run's folder ------------------------------------------------------------------------------------------------

@@ -52,7 +52,7 @@ import eval as evaluation  # noqa: E402
 import train  # noqa: E402
 from configs import MESSAGE, Config, load_config, one_line  # noqa: E402
 from data.prompts import read_prompts  # noqa: E402
-from engine.run import Log, held, read_text  # noqa: E402
+from engine.run import Log, cached, held, read_text  # noqa: E402
 from engine.weights import load_checkpoint  # noqa: E402
 from measures import check, report, training  # noqa: E402
 from measures.scorers import get_scorer  # noqa: E402
@@ -706,7 +706,7 @@ def read_card(path):
 
 
 def read_cache(path):
-    value, _ = evaluation.cached(Path(path), "k", lambda: dict(x=[1.0]))
+    value, _ = cached(Path(path), "k", lambda: dict(x=[1.0]))
     assert isinstance(value, dict), f"a cache gave {value!r}"
 
 
