@@ -40,19 +40,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 import data
 from data import toy, toy_facts
 from data.prompts import read_challenging, read_prompts
-from engine.run import Log, atomic_write, cached, held, read_records, sha256, versions, write_json
+from engine.run import atomic_write, cached, held, read_records, sha256, versions, write_json
 from engine.weights import PUBLISHED, load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
 from measures.decoding import Steering, make_steering
 from measures.groups import frames, measure_groups
 from measures.published import CHALLENGING, check_published, toxicity_table
 from measures.report import MEASURES
-from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
+from measures.rewriting import draw_rewrites, measure_rewrites, rewrite_file
 from measures.samples import (
     CLOSING,
     continue_prompts,
@@ -65,7 +64,7 @@ from measures.samples import (
     judged,
     measure_samples,
 )
-from measures.statistics import bootstrap, rouge_l
+from measures.statistics import bootstrap
 from measures.tasks import SOURCES, measure_task, published_file, read_task
 from measures.texts import measure_drift, measure_text, read_measured_text, windows
 from model import GPT
@@ -466,47 +465,9 @@ def continue_prompt(config):
                 print(e)
 
 
-def rewrite_file(config):
-    """--rewrite=FILE: a paraphrase of each line by the tuned model (a polite one with --polite), into rewritten.txt
-    (line by line as in FILE; an empty line where there is no answer) and, with toxicity and overlap, rewritten.jsonl.
-    An interrupted run goes on."""
-    hint, n = "give a text, line by line", 32
-    lines = data.read_text(find(config.rewrite), "text file", hint).removesuffix("\n").split("\n")
-    texts = [line.strip() for line in lines if line.strip()]
-    if not texts:
-        raise ValueError(f"{config.rewrite} holds no text: {hint}")
-    ckpt, out = tuned_checkpoint(config)
-    setup, groups = open_setup(config, {"tuned": ckpt}), data.load_groups(config.data)["train"]
-    model, scorer = setup.models["tuned"], setup.scorer
-    how = [config.shots, config.polite, config.neutral_prompt, config.positive_prompt, config.temperature]
-    how += [config.top_p, config.seed, str(setup.dtype)]
-    run = sha256([sha256(model), texts, *how, scorer.name, scorer.hash, [vars(g) for g in groups]])
-    with held(out, others=True), tqdm(total=len(texts), desc="rewriting", delay=1) as bar:
-        log = Log(out / "rewritten.jsonl", lambda r: r["run"] == run, hint="delete this file, it is made again")
-        log.rewrite(log.records[: len(log.records) // n * n])
-        bar.update(len(log.records))
-        for i in range(len(log.records), len(texts), n):
-            some = texts[i : i + n]
-            with setup.amp():
-                answers, _ = rewrite(model, setup.tokenizer, groups, some, config, config.seed + i, what=None)
-            answers = [a or "" for a in answers]
-            rows = zip(some, answers, scorer(some).tolist(), scorer(answers).tolist(), strict=True)
-            keys = ("run", "input", "output", "toxicity_input", "toxicity", "rouge_l")
-            log.write(*(dict(zip(keys, (run, *row, rouge_l(*row[:2])), strict=True)) for row in rows))
-            bar.update(len(some))
-        answers = iter(r["output"] for r in log.records)
-        atomic_write(out / "rewritten.txt", "".join((next(answers) if line.strip() else "") + "\n" for line in lines))
-    for r in log.records[:10]:
-        print(report.wrap(r["input"], "  ") + "\n" + report.wrap(r["output"], "    -> "))
-    before, after = (sum(r[k] > 0.5 for r in log.records if r["output"]) for k in ("toxicity_input", "toxicity"))
-    silent = sum(not r["output"] for r in log.records)
-    print(f"\n{len(texts)} lines, {silent} without an answer; of the others {before} were toxic, {after} are now")
-    print(f"written to {out}: rewritten.txt, rewritten.jsonl")
-
-
-def export(config):
+def export(config, ckpt, out):
     """--export=FOLDER: the tuned model as `transformers` loads it, and a model card made from the run's numbers."""
-    folder, (ckpt, out) = Path(config.export), tuned_checkpoint(config)
+    folder = Path(config.export)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"--export={folder} exists: give a new or empty folder")
     model, card = GPT.from_pretrained(ckpt), report.model_card(report.read_summary(out), folder.name)
@@ -545,9 +506,12 @@ def main(argv=None):
             sys.exit(0 if check_published(config) else 1)
         if config.steer != "none" and (config.rewrite or config.export):
             raise ValueError("--steer steers samples and --prompt; --rewrite and --export take a model by itself")
-        for name, command in dict(prompt=continue_prompt, rewrite=rewrite_file, export=export).items():
-            if getattr(config, name):
-                return command(config)
+        if config.prompt:
+            return continue_prompt(config)
+        if config.rewrite:
+            return rewrite_file(config, *tuned_checkpoint(config))
+        if config.export:
+            return export(config, *tuned_checkpoint(config))
         evaluate_run(config, "python eval.py " + shlex.join(argv))
 
 

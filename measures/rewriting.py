@@ -5,10 +5,17 @@ model's doing. --polite asks for politeness: then the prompt does part of the wo
 """
 
 import numpy as np
+from tqdm import tqdm
 
+import data
+from configs import find
 from data.prompts import answer, closing_tokens, few_shot, prompt_for
+from engine.run import Log, atomic_write, held, read_text, sha256
+from measures import open_setup, report
 from measures.samples import continue_prompts, decode, first_three, tell
 from measures.statistics import rouge_l
+
+PORTION = 32  # lines of a file that are rewritten, and kept, at once
 
 
 def rewrite(model, tokenizer, groups, sentences, config, seed, what="rewriting"):
@@ -67,3 +74,41 @@ def measure_rewrites(drawn, scorer, same_event=None):
     if same_event:
         rows["rewrite_same_event"] = same_event(drawn["inputs"], [t or "" for t in texts])[:, None]
     return rows
+
+
+def rewrite_file(config, ckpt, out):
+    """--rewrite=FILE: a paraphrase of each line by the model at `ckpt` (a polite one with --polite). The folder `out`
+    gets rewritten.txt (line by line as in FILE; an empty line where there is no answer) and, with toxicity and overlap,
+    rewritten.jsonl. An interrupted run goes on."""
+    hint = "give a text, line by line"
+    lines = read_text(find(config.rewrite), "text file", hint).removesuffix("\n").split("\n")
+    texts = [line.strip() for line in lines if line.strip()]
+    if not texts:
+        raise ValueError(f"{config.rewrite} holds no text: {hint}")
+    setup, groups = open_setup(config, {"tuned": ckpt}), data.load_groups(config.data)["train"]
+    model, scorer = setup.models["tuned"], setup.scorer
+    how = [config.shots, config.polite, config.neutral_prompt, config.positive_prompt, config.temperature]
+    how += [config.top_p, config.seed, str(setup.dtype)]
+    run = sha256([sha256(model), texts, *how, scorer.name, scorer.hash, [vars(g) for g in groups]])
+    with held(out, others=True), tqdm(total=len(texts), desc="rewriting", delay=1) as bar:
+        log = Log(out / "rewritten.jsonl", lambda r: r["run"] == run, hint="delete this file, it is made again")
+        log.rewrite(log.records[: len(log.records) // PORTION * PORTION])
+        bar.update(len(log.records))
+        for i in range(len(log.records), len(texts), PORTION):
+            some = texts[i : i + PORTION]
+            with setup.amp():
+                answers, _ = rewrite(model, setup.tokenizer, groups, some, config, config.seed + i, what=None)
+            answers = [a or "" for a in answers]
+            rows = zip(some, answers, scorer(some).tolist(), scorer(answers).tolist(), strict=True)
+            told = [dict(input=a, output=b, toxicity_input=x, toxicity=y, rouge_l=rouge_l(a, b)) for a, b, x, y in rows]
+            log.write(*(dict(run=run) | record for record in told))
+            bar.update(len(some))
+        answers = iter(r["output"] for r in log.records)
+        atomic_write(out / "rewritten.txt", "".join((next(answers) if line.strip() else "") + "\n" for line in lines))
+    for r in log.records[:10]:
+        print(report.wrap(r["input"], "  ") + "\n" + report.wrap(r["output"], "    -> "))
+    answered = [r for r in log.records if r["output"]]
+    before, after = (sum(r[k] > 0.5 for r in answered) for k in ("toxicity_input", "toxicity"))
+    silent = len(texts) - len(answered)
+    print(f"\n{len(texts)} lines, {silent} without an answer; of the others {before} were toxic, {after} are now")
+    print(f"written to {out}: rewritten.txt, rewritten.jsonl")

@@ -1521,16 +1521,16 @@ def rewritten(run):
 
 def test_an_interrupted_rewriting_goes_on(run, comments, monkeypatch):
     """Finished portions stay, and both files end as if nothing had happened."""
-    other, real, calls = run.copy("whole"), evaluation.rewrite, []
+    other, calls = run.copy("whole"), []
     evaluation.main([*other.flags, f"--rewrite={comments}"])
 
-    def rewrite(*args, **kwargs):
+    def interrupted(*args, **kwargs):
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return real(*args, **kwargs)
+        return rewrite(*args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "rewrite", rewrite)
+    monkeypatch.setattr("measures.rewriting.rewrite", interrupted)
     assert "interrupted" in failure(*run.flags, f"--rewrite={comments}")
     kept = (run.out / "rewritten.jsonl").read_text()
     assert 0 < kept.count("\n") < 40 and not (run.out / "rewritten.txt").exists()
