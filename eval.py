@@ -30,7 +30,6 @@ if __name__ == "__main__":
     before_torch("eval", __doc__)
 
 import difflib
-import math
 import re
 import shlex
 import sys
@@ -47,7 +46,7 @@ from data.prompts import read_challenging, read_prompts
 from engine.run import atomic_write, cached, held, read_records, sha256, versions, write_json
 from engine.weights import PUBLISHED, load_checkpoint
 from measures import Setup, get_scorer, open_setup, report
-from measures.decoding import Steering, make_steering
+from measures.decoding import Steering, open_steering, steering_cost, steering_hash
 from measures.groups import frames, measure_groups
 from measures.published import CHALLENGING, check_published, toxicity_table
 from measures.report import MEASURES
@@ -289,16 +288,6 @@ def open_sides(config, ckpt, base, scores_file=None):
     return setup, experts
 
 
-def open_steering(config, setup, groups, experts):
-    """The Steering of the tuned model, or None; printed."""
-    if config.steer == "none":
-        return None
-    with setup.amp():
-        steering = make_steering(config, setup.models["tuned"], setup.tokenizer, groups["train"], experts)
-    print(f"steered      the tuned side, by {steering.told}")
-    return steering
-
-
 def open_evaluation(config, ckpt, base, out):
     """Load what the settings mean, and print it."""
     parts = chosen_parts(config.parts)
@@ -317,7 +306,7 @@ def open_evaluation(config, ckpt, base, out):
     if config.protocol == "challenging":
         told = f"prompts of {config.prompts} that are marked so, at most 32 tokens of each, and for them"
         print(report.wrap(f"{told} {', '.join(f'{k}={v}' for k, v in CHALLENGING.items())}", "challenging  "))
-    steering = open_steering(config, setup, groups, experts)
+    steering = open_steering(config, setup, groups["train"], experts) if config.steer != "none" else None
     print(f"results      {out}/eval.json; finished steps are kept in {out}/eval\n")
     needy = [p for p in ("scores", "rewriting", "drift") if p in parts and not (p == "drift" and config.text)]
     if needy and not groups["test"]:
@@ -327,9 +316,7 @@ def open_evaluation(config, ckpt, base, out):
             print(f"{part}: no {flag.removesuffix('s')} file to measure, see --{flag} in --help")
     hashes = {side: sha256(model) for side, model in setup.models.items()}
     if steering:
-        how = [config.steer_strength, config.shots, config.negative_prompt, config.positive_prompt, config.max_tokens]
-        how += [config.seed, *({name: sha256(m)} for name, m in experts.items()), *(vars(g) for g in groups["train"])]
-        hashes["steering"] = sha256([config.steer, *how])
+        hashes["steering"] = steering_hash(config, groups["train"], experts)
     return Evaluation(config, parts, out, names, setup, groups, hashes, steering=steering)
 
 
@@ -365,20 +352,6 @@ def measure(ev):
         compare_drift(ev, text)
 
 
-def steering_cost(ev):
-    """What steered the tuned side and what that costs, for eval.json: parameters, and the seconds that 1,000 tokens
-    take on either side, the least of three times in turn, 64 samples each."""
-    c, seconds = ev.config, dict.fromkeys(ev.setup.models, math.inf)
-    for _ in range(3):
-        for side, model in ev.setup.models.items():
-            steer, began = ev.steering.steer if side == "tuned" else None, time.perf_counter()
-            with ev.setup.amp():
-                continue_prompts(model, ev.setup.tokenizer, [""], c, c.seed, 64, stop=[], what=None, steer=steer)
-            seconds[side] = min(seconds[side], (time.perf_counter() - began) / (64 * c.sample_tokens) * 1000)
-    what = dict(method=ev.steering.told, expert=c.expert, anti_expert=c.anti_expert)
-    return what | dict(parameters=ev.steering.parameters, seconds_per_1000_tokens=seconds)
-
-
 def differences(ev):
     """{place: {name: dict(base, tuned, difference, interval, n)}}."""
     out = {}
@@ -403,7 +376,7 @@ def write_results(ev, command, began):
     how |= dict(other_scorers=[dict(name=s.name, sha256=s.hash) for s in others])
     machine = dict(device=str(ev.setup.device), dtype=str(ev.setup.dtype)[6:], versions=versions())
     out = how | ev.names | machine | dict(seconds=time.time() - began, missing_scores=missing, warnings=told)
-    out |= dict(steering=steering_cost(ev)) if ev.steering else {}
+    out |= dict(steering=steering_cost(ev.steering, ev.setup, c)) if ev.steering else {}
     out |= dict(measures=compared, definitions={n: m.definition for n, m in MEASURES.items() if n in names})
     write_json(ev.out / "eval.json", out | dict(settings=asdict(c)))
     summary = report.read_summary(ev.out)
@@ -438,8 +411,9 @@ def continue_prompt(config):
     """--prompt: continuations by base and tuned model side by side, and their toxicity. '-' asks for prompts."""
     ckpt, base, _ = find_models(config)
     setup, experts = open_sides(config, ckpt, base)
-    groups = data.load_groups(config.data) if config.steer != "none" else None
-    steering = open_steering(config, setup, groups, experts)
+    steering = None
+    if config.steer != "none":
+        steering = open_steering(config, setup, data.load_groups(config.data)["train"], experts)
 
     def show(prompt):
         prompt = prompt.rstrip()  # a blank belongs to the next word's token

@@ -11,6 +11,8 @@ Not here: UDDIA (Yang et al. 2022, arXiv 2210.04492), which tunes bias terms at 
 `generate` runs, a cache that is computed again when the biases have moved, and a loss of toxicity for each token.
 """
 
+import math
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -20,7 +22,9 @@ from torch.nn import functional as F
 
 import data
 from data.prompts import few_shot, prompt_for
+from engine.run import sha256
 from measures.groups import frames, token_batches
+from measures.samples import continue_prompts
 from model import Rows
 
 
@@ -215,3 +219,33 @@ def prefixes(config, tokenizer, groups):
         text = shots + prompt_for(template, chosen[-1].input)
         out.append([tokenizer.eot_token, *tokenizer.encode_ordinary(text)])
     return out
+
+
+def open_steering(config, setup, groups, experts):
+    """The Steering of the tuned model, printed."""
+    with setup.amp():
+        steering = make_steering(config, setup.models["tuned"], setup.tokenizer, groups, experts)
+    print(f"steered      the tuned side, by {steering.told}")
+    return steering
+
+
+def steering_hash(config, groups, experts):
+    """The sha256 of all that steering depends on besides the model that is steered."""
+    how = [config.steer, config.steer_strength, config.shots, config.negative_prompt, config.positive_prompt]
+    how += [config.max_tokens, config.seed]
+    return sha256([*how, *({name: sha256(m)} for name, m in experts.items()), *(vars(g) for g in groups)])
+
+
+def steering_cost(steering, setup, config):
+    """What steered the tuned side and what that costs, for eval.json: parameters, and the seconds that 1,000 tokens
+    take on either side, the least of three times in turn, 64 samples each."""
+    n, seconds = 64, dict.fromkeys(setup.models, math.inf)
+    for _ in range(3):
+        for side, model in setup.models.items():
+            steer, began = steering.steer if side == "tuned" else None, time.perf_counter()
+            with setup.amp():
+                continue_prompts(model, setup.tokenizer, [""], config, config.seed, n, stop=[], what=None, steer=steer)
+            per_token = (time.perf_counter() - began) / (n * config.sample_tokens)
+            seconds[side] = min(seconds[side], 1000 * per_token)
+    what = dict(method=steering.told, expert=config.expert, anti_expert=config.anti_expert)
+    return what | dict(parameters=steering.parameters, seconds_per_1000_tokens=seconds)
