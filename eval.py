@@ -15,15 +15,14 @@ from a paired bootstrap over what was measured.
 """
 
 from configs import (
-    ROOT,
-    SETTINGS,
     Config,
     before_torch,
-    check_value,
     find,
     load_config,
+    made_by,
     one_line_errors,
-    read_config_file,
+    ships,
+    trusted_settings,
 )
 
 if __name__ == "__main__":
@@ -71,9 +70,6 @@ from model import GPT
 PARTS = ("scores", "toxicity", "rewriting", "fluency", "diversity", "utility", "drift")
 STEERED = ("scores", "toxicity", "fluency", "diversity")  # parts of a steered model: the others do not see steering
 SHOWN = 4  # of the k continuations of --prompt
-SCORERS = ("ngram", "data.toy:rudeness", "measures.formal:informality")  # those that ship
-# Of the settings that a checkpoint names:
-UNTRUSTED = "out_dir ckpt base plot steer expert anti_expert prompt rewrite export check".split()
 
 
 @dataclass
@@ -235,36 +231,24 @@ def find_models(config):
                 raise ValueError("--steer without --ckpt steers what --init_from names, not 'scratch': give --base")
             base = made_by(base) if base.endswith(".py") else base
             return base, base, out
-    if config.base and (ckpt.is_file() or ckpt.suffix.lower() != ".pt"):
-        return str(ckpt), config.base, out
-    saved = load_checkpoint(ckpt, mmap=True) if ckpt.suffix.lower() == ".pt" else {}
-    if not saved:
+    missing = ckpt.suffix.lower() == ".pt" and not ckpt.is_file()  # which is said before a base is loaded
+    return str(ckpt), config.base if config.base and not missing else tuned_from(ckpt, config), out
+
+
+def tuned_from(ckpt, config):
+    """The model that a checkpoint names as the one it was tuned from."""
+    if ckpt.suffix.lower() != ".pt":
         raise ValueError(f"{ckpt} is no checkpoint of train.py, so what is it to be compared with? Give --base")
-    base = str(saved.get("config", {}).get("init_from", "scratch"))
+    base = str(load_checkpoint(ckpt, mmap=True).get("config", {}).get("init_from", "scratch"))
     if base == "scratch":
         raise ValueError(f"{ckpt} names no model that it was tuned from: give the one to compare it with as --base")
     if base.endswith(".py"):
         if not ships(base) and base != config.init_from:  # unless the user's own config says the same
             raise ValueError(f"{ckpt} names {base} as its base, code that is not run unasked: give its model as --base")
-        base = made_by(base)
-    elif base not in PUBLISHED and not find(base).exists():
+        return made_by(base)
+    if base not in PUBLISHED and not find(base).exists():
         raise FileNotFoundError(f"{ckpt} was tuned from {base}, which is not there: give its place as --base")
-    return str(ckpt), str(base), out
-
-
-def made_by(path):
-    """The checkpoint that a config file makes. Raises FileNotFoundError if it is missing."""
-    path = find(path)
-    base = Path(read_config_file(path).get("out_dir", SETTINGS["out_dir"].default)) / "best.pt"
-    if not base.is_file():
-        command = f"python train.py {shlex.quote(str(path))}"
-        raise FileNotFoundError(f"the base, {base}, is missing: {command} makes it, or give --base")
-    return str(base)
-
-
-def ships(init_from):
-    """Whether a checkpoint may name this as what it was tuned from: any but a config, which is code, of others."""
-    return not init_from.endswith(".py") or find(init_from).resolve().parent == ROOT / "configs"
+    return base
 
 
 def chosen_parts(text):
@@ -451,20 +435,10 @@ def export(config, ckpt, out):
 
 
 def saved_settings(flags):
-    """Without a config file, the settings of the checkpoint that --ckpt names: those that say what is measured and how.
-    No file says where something is written, or which code is run."""
+    """Without a config file: of the settings of the checkpoint that --ckpt names, those that are trusted."""
     ckpt = find(flags.get("ckpt", ""))
-    if ckpt.suffix.lower() != ".pt":
-        return {}
-    saved = load_checkpoint(ckpt, mmap=True).get("config", {})
-    if saved.get("scorer", "ngram") not in SCORERS and "scorer" not in flags:
-        raise ValueError(f"{ckpt} names the scorer {saved['scorer']!r}, which is not imported unasked: give --scorer")
-    if not ships(str(saved.get("init_from", ""))):
-        del saved["init_from"]
-    try:
-        return {k: check_value(k, v) for k, v in saved.items() if k in SETTINGS and k not in UNTRUSTED}
-    except ValueError as e:
-        raise ValueError(f"{ckpt}: {e}: give another checkpoint, or a config as well") from e
+    saved = load_checkpoint(ckpt, mmap=True).get("config", {}) if ckpt.suffix.lower() == ".pt" else {}
+    return trusted_settings(saved, ckpt, flags)
 
 
 def main(argv=None):

@@ -323,6 +323,38 @@ def read_config_file(path):
     return names
 
 
+def made_by(path):
+    """The checkpoint that a config file makes. Raises FileNotFoundError if it is missing."""
+    path = find(path)
+    best = Path(read_config_file(path).get("out_dir", SETTINGS["out_dir"].default)) / "best.pt"
+    if not best.is_file():
+        command = f"python train.py {shlex.quote(str(path))}"
+        raise FileNotFoundError(f"the base, {best}, is missing: {command} makes it, or give --base")
+    return str(best)
+
+
+# A checkpoint may be a stranger's. It does not say where something is written, or which code is run: what it has of
+# these does not count, and of scorers and configs only those that ship.
+UNTRUSTED = "out_dir ckpt base plot steer expert anti_expert prompt rewrite export check".split()
+SCORERS = ("ngram", "data.toy:rudeness", "measures.formal:informality")
+
+
+def ships(init_from):
+    """Whether a checkpoint may name this as what it was tuned from: any but a config, which is code, of others."""
+    return not init_from.endswith(".py") or find(init_from).resolve().parent == ROOT / "configs"
+
+
+def trusted_settings(saved, path, flags):
+    """Those of the settings `saved` in a checkpoint, `path`, that say what is measured and how. Raises ValueError."""
+    if saved.get("scorer", "ngram") not in SCORERS and "scorer" not in flags:
+        raise ValueError(f"{path} names the scorer {saved['scorer']!r}, which is not imported unasked: give --scorer")
+    distrusted = UNTRUSTED if ships(str(saved.get("init_from", ""))) else [*UNTRUSTED, "init_from"]
+    try:
+        return {k: check_value(k, v) for k, v in saved.items() if k in SETTINGS and k not in distrusted}
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}: give another checkpoint, or a config as well") from e
+
+
 def load_config(script, argv=None, start=None, said=""):
     """Settings from `[config.py] --key=value ...` (also `--key value`, and a bare `--key` for True), checked. Without a
     config file they start from start(flags), a dict, if that is given.
