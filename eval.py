@@ -14,16 +14,7 @@ from a paired bootstrap over what was measured.
     python eval.py --compare out/* [--markdown]            one table over runs and seeds
 """
 
-from configs import (
-    Config,
-    before_torch,
-    find,
-    load_config,
-    made_by,
-    one_line_errors,
-    ships,
-    trusted_settings,
-)
+from configs import Config, before_torch, find, load_config, made_by, one_line_errors, ships, trusted_settings
 
 if __name__ == "__main__":
     before_torch("eval", __doc__)
@@ -34,35 +25,23 @@ import shlex
 import sys
 import time
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 import data
 from data import toy, toy_facts
-from data.prompts import read_challenging, read_prompts
 from engine.run import atomic_write, cached, held, read_records, sha256, versions, write_json
 from engine.weights import PUBLISHED, load_checkpoint
-from measures import Setup, get_scorer, open_setup, report
+from measures import Setup, open_setup, report
 from measures.decoding import Steering, open_steering, steering_cost, steering_hash
 from measures.groups import frames, measure_groups
 from measures.published import CHALLENGING, check_published, toxicity_table
 from measures.report import MEASURES
 from measures.rewriting import draw_rewrites, measure_rewrites, rewrite_file
-from measures.samples import (
-    CLOSING,
-    continue_prompts,
-    cut_prompts,
-    decode,
-    draw_samples,
-    first_samples,
-    fitting,
-    free_prompts,
-    judged,
-    measure_samples,
-)
-from measures.statistics import bootstrap
+from measures.samples import continue_prompts, decode, draw_samples, first_samples, judged, measure_samples, prompt_sets
 from measures.tasks import SOURCES, measure_task, published_file, read_task
 from measures.texts import measure_drift, measure_text, read_measured_text, windows
 from model import GPT
@@ -81,6 +60,7 @@ class Evaluation:
     out: Path  # of eval.json, summary.json and the finished steps
     names: dict  # {side: where the model comes from}
     setup: Setup  # models, tokenizer, scorer
+    context: int  # tokens that both models can read
     groups: dict  # by split
     hashes: dict  # {side: sha256 of the weights}
     measured: dict = field(default_factory=lambda: {"base": {}, "tuned": {}})  # {side: {place: {name: rows}}}
@@ -95,18 +75,17 @@ class Evaluation:
 def measure_sides(ev, step, place, depends_on, compute, to_rows=None, to_texts=None, steered=False):
     """Measure base and tuned: compute(model) -> what JSON can hold; to_rows makes {place: {name: rows}} of it, to_texts
     texts to show. What an earlier evaluation computed from the same (`depends_on`, models) is not computed again. If
-    `steered`, it is compute(model, steer), with the steering of the side or None."""
-    told = []
+    `steered`, the tuned side is compute(model, steer=...) where there is steering."""
+    told, file = [], re.sub(r"[^a-z0-9]+", "-", step.lower())
     for side, model in ev.setup.models.items():
-        file = ev.out / "eval" / f"{re.sub(r'[^a-z0-9]+', '-', step.lower())}.{side}.json"
-        hashes = [ev.hashes[side], ev.hashes["base"]]
-        steering = ev.steering if steered and side == "tuned" else None
-        hashes += [ev.hashes["steering"]] if steering else []
+        compute_side, hashes = partial(compute, model), [ev.hashes[side], ev.hashes["base"]]
+        if steered and ev.steering and side == "tuned":
+            compute_side = partial(compute, model, steer=ev.steering.steer)
+            hashes.append(ev.hashes["steering"])
         key = sha256([depends_on, *hashes, ev.config.tokenizer, str(ev.setup.dtype)])
-        arguments = [model, *[steering and steering.steer] * steered]
         began = time.time()
         with ev.setup.amp():
-            value, known = cached(file, key, lambda arguments=arguments: compute(*arguments))
+            value, known = cached(ev.out / "eval" / f"{file}.{side}.json", key, compute_side)
         found = to_rows(value) if to_rows else {place: {k: np.array(v, dtype=float) for k, v in value.items()}}
         for where, rows in found.items():
             wanted = {k: v for k, v in rows.items() if k in MEASURES and MEASURES[k].part in ev.parts}
@@ -126,38 +105,15 @@ def compare_scores(ev):
 def compare_samples(ev):
     """Toxicity, fluency and diversity of the same samples."""
     setup = ev.setup
-    for i, (place, (prompts, c)) in enumerate(prompt_sets(ev).items()):
+    room = min(ev.context, ev.steering.room) if ev.steering else ev.context
+    for i, (place, (prompts, c)) in enumerate(prompt_sets(ev.config, setup, ev.groups["test"], room).items()):
         what, seed = report.PLACES.get(place, place), c.seed + 1 + 1000 * i  # free samples: train.py's closing ones
         ev.sizes[place] = f"{len(prompts)} x {c.k}"
         key = [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p]
-        how = (setup.models["base"], setup.tokenizer, c, prompts, c.k, seed, what)
-        draw = lambda model, steer, how=how: draw_samples(model, *how, steer)
-        judging = (place, [setup.scorer, *setup.others], c.judge_whole)
-        judge = lambda drawn, judging=judging: judged(measure_samples, drawn, *judging)
+        how = dict(config=c, prompts=prompts, k=c.k, seed=seed, what=what)
+        draw = partial(draw_samples, judge=setup.models["base"], tokenizer=setup.tokenizer, **how)
+        judge = partial(judged, measure_samples, place=place, scorers=[setup.scorer, *setup.others], how=c.judge_whole)
         measure_sides(ev, f"samples, {what}", place, key, draw, judge, first_samples, steered=True)
-
-
-def prompt_sets(ev):
-    """{place: (prompts, settings)} of the samples: none, cut from the test split, and those of the prompt file."""
-    c, tokenizer, context = ev.config, ev.setup.tokenizer, min(m.config.n_positions for m in ev.setup.models.values())
-    context = min(context, ev.steering.room) if ev.steering else context
-    sets = {"free": (free_prompts(CLOSING, c.k), c)}
-    if ev.groups["test"]:
-        scorer = ev.setup.scorer
-        cutter = scorer if scorer.function else get_scorer("ngram")  # a file of scores knows no beginnings
-        for place, side in (("prompted", "negatives"), ("harmless", "positives")):
-            prompts = cut_prompts([getattr(g, side) for g in ev.groups["test"]], cutter, c.n_prompts)
-            sets[place] = fitting(prompts, tokenizer, context - c.sample_tokens), c
-    if c.prompts:
-        path, marked = find(c.prompts), c.protocol == "challenging"
-        c = replace(c, **CHALLENGING) if marked else c
-        kinds = {"challenging": read_challenging(path, tokenizer)} if marked else read_prompts(path)
-        for kind, records in kinds.items():
-            where = {text: at for at, text in records}
-            prompts = fitting([text for _, text in records], tokenizer, context - c.sample_tokens, where)
-            order = np.random.default_rng([c.seed, 6]).permutation(len(prompts))[: c.n_prompts or None]
-            sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)], c
-    return sets
 
 
 def compare_rewrites(ev):
@@ -173,17 +129,16 @@ def compare_rewrites(ev):
 
 
 def text_of(ev):
-    """(place, token ids, pages or None, context) of the text that --text names."""
+    """(place, token ids, pages or None) of the text that --text names."""
     name = ev.config.text
     path = published_file(name) if name in SOURCES else find(name)
-    context = min(m.config.n_positions for m in ev.setup.models.values())
-    return f"text {path.name}", *read_measured_text(path, ev.setup.tokenizer), context
+    return f"text {path.name}", *read_measured_text(path, ev.setup.tokenizer)
 
 
 def compare_texts(ev, text):
-    place, tokens, pages, context = text
-    compute = lambda model: measure_text(model, ev.setup.tokenizer, tokens, pages, context)
-    measure_sides(ev, place, place, [tokens, pages, context], compute)
+    place, tokens, pages = text
+    compute = lambda model: measure_text(model, ev.setup.tokenizer, tokens, pages, ev.context)
+    measure_sides(ev, place, place, [tokens, pages, ev.context], compute)
 
 
 def compare_tasks(ev):
@@ -191,17 +146,18 @@ def compare_tasks(ev):
     for task in dict.fromkeys(tasks):
         toy_task = task in toy_facts.TASKS
         path = published_file(task) if task in SOURCES else Path(task) if toy_task else find(task)
-        place = f"task {path.stem if [Path(t).stem for t in tasks].count(path.stem) < 2 else path}"
+        twice = [Path(t).stem for t in tasks].count(path.stem) > 1
+        place = f"task {path if twice else path.stem}"
         items = toy_facts.task(task) if toy_task else read_task(path)
-        a = (items, place, ev.config.frame_tasks)
-        compute = lambda model, a=a: measure_task(model, ev.setup.tokenizer, *a)
+        how = dict(items=items, what=place, framed=ev.config.frame_tasks)
+        compute = partial(measure_task, tokenizer=ev.setup.tokenizer, **how)
         measure_sides(ev, place, place, [items, ev.config.frame_tasks], compute)
 
 
 def compare_drift(ev, text):
     if text:
-        place, tokens, _, context = text
-        sequences = [w for w, _ in windows(tokens, context, context)]
+        place, tokens, _ = text
+        sequences = [w for w, _ in windows(tokens, ev.context, ev.context)]
     else:
         place, sentences = "groups", [t for g in ev.groups["test"] for t in g.positives]
         shorter = min(ev.setup.models.values(), key=lambda m: m.config.n_positions)
@@ -232,7 +188,8 @@ def find_models(config):
             base = made_by(base) if base.endswith(".py") else base
             return base, base, out
     missing = ckpt.suffix.lower() == ".pt" and not ckpt.is_file()  # which is said before a base is loaded
-    return str(ckpt), config.base if config.base and not missing else tuned_from(ckpt, config), out
+    base = config.base if config.base and not missing else tuned_from(ckpt, config)
+    return str(ckpt), base, out
 
 
 def tuned_from(ckpt, config):
@@ -265,7 +222,7 @@ def chosen_parts(text):
 def open_sides(config, ckpt, base, scores_file=None):
     """(Setup with base and tuned model, {setting: GPT} of the experts). Steered, the two may be one, opened once."""
     sources = {"base": base} if ckpt == base and config.steer != "none" else {"base": base, "tuned": ckpt}
-    named = {name: getattr(config, name) for name in ("expert", "anti_expert") if config.steer == "dexperts"}
+    named = {"expert": config.expert, "anti_expert": config.anti_expert} if config.steer == "dexperts" else {}
     setup = open_setup(config, sources | {name: path for name, path in named.items() if path}, scores_file=scores_file)
     experts = {name: setup.models.pop(name) for name in named if name in setup.models}
     setup.models.setdefault("tuned", setup.models["base"])
@@ -274,15 +231,13 @@ def open_sides(config, ckpt, base, scores_file=None):
 
 def open_evaluation(config, ckpt, base, out):
     """Load what the settings mean, and print it."""
-    parts = chosen_parts(config.parts)
-    if config.steer != "none":
-        without, parts = [p for p in parts if p not in STEERED], [p for p in parts if p in STEERED]
-        if not parts:
-            raise ValueError(f"steering changes samples, and no {', '.join(without)}: choose --parts, or leave --steer")
+    chosen = chosen_parts(config.parts)
+    parts = [p for p in chosen if config.steer == "none" or p in STEERED]
+    if not parts:
+        raise ValueError(f"steering changes samples, and no {', '.join(chosen)}: choose --parts, or leave --steer")
     if config.plot and report.pyplot() and "scores" not in parts:
         raise ValueError("--plot draws the part 'scores': add it to --parts")
     report.read_summary(out)  # it is added to at the end: better to know now if it is damaged
-    names = {"base": base, "tuned": ckpt}
     setup, experts = open_sides(config, ckpt, base, out / "scores.jsonl")
     groups = data.load_groups(config.data)
     counts = ", ".join(f"{len(groups[s])} {s}" for s in data.SPLITS)
@@ -301,75 +256,66 @@ def open_evaluation(config, ckpt, base, out):
     hashes = {side: sha256(model) for side, model in setup.models.items()}
     if steering:
         hashes["steering"] = steering_hash(config, groups["train"], experts)
-    return Evaluation(config, parts, out, names, setup, groups, hashes, steering=steering)
+    names, context = {"base": base, "tuned": ckpt}, min(m.config.n_positions for m in setup.models.values())
+    return Evaluation(config, parts, out, names, setup, context, groups, hashes, steering=steering)
 
 
 def evaluate_run(config, command):
-    """Compare base and tuned model: all chosen parts, the table, the files. Returns the content of eval.json."""
+    """Compare base and tuned model: all chosen parts, the files, the table, the pictures."""
     began, (ckpt, base, out) = time.time(), find_models(config)
     with held(out, others=True):
         ev = open_evaluation(config, ckpt, base, out)
-        measure(ev)
-        result = write_results(ev, command, began)
+        if "scores" in ev.parts:
+            compare_scores(ev)
+        if {"toxicity", "fluency", "diversity"} & set(ev.parts):
+            compare_samples(ev)
+        if "rewriting" in ev.parts:
+            compare_rewrites(ev)
+        text = text_of(ev) if config.text and {"fluency", "drift"} & set(ev.parts) and not ev.steering else None
+        if "fluency" in ev.parts and text:
+            compare_texts(ev, text)
+        if "utility" in ev.parts:
+            compare_tasks(ev)
+        if "drift" in ev.parts:
+            compare_drift(ev, text)
+        print_results(ev, write_results(ev, command, began))
     if config.plot:
         report.plot_scores({side: places["groups"]["auc"] for side, places in ev.measured.items()}, config.plot)
         if (log := out / "log.jsonl").is_file():
             records = [record for _, record in read_records(log, hint="take that line out", cut=True)]
             report.plot_curves(records, Path(config.plot).with_suffix("").as_posix() + "-curves.png")
-    return result
-
-
-def measure(ev):
-    """All parts that are wanted."""
-    if "scores" in ev.parts:
-        compare_scores(ev)
-    if {"toxicity", "fluency", "diversity"} & set(ev.parts):
-        compare_samples(ev)
-    if "rewriting" in ev.parts:
-        compare_rewrites(ev)
-    text = text_of(ev) if ev.config.text and {"fluency", "drift"} & set(ev.parts) and not ev.steering else None
-    if "fluency" in ev.parts and text:
-        compare_texts(ev, text)
-    if "utility" in ev.parts:
-        compare_tasks(ev)
-    if "drift" in ev.parts:
-        compare_drift(ev, text)
-
-
-def differences(ev):
-    """{place: {name: dict(base, tuned, difference, interval, n)}}."""
-    out = {}
-    for place, rows in ev.measured["base"].items():
-        for name, base in rows.items():
-            tuned, of = ev.measured["tuned"][place][name], MEASURES[name].of
-            numbers = dict(base=of(base), tuned=of(tuned), difference=of(tuned) - of(base), n=len(base))
-            out.setdefault(place, {})[name] = numbers | dict(interval=bootstrap(base, tuned, of, ev.config.seed))
-    return out
 
 
 def write_results(ev, command, began):
-    """Write eval.json and what summary.json lacks; print table, samples and warnings."""
-    c, scorer, others, compared = ev.config, ev.setup.scorer, ev.setup.others, differences(ev)
-    sides = {side: {p: {n: m[side] for n, m in ms.items()} for p, ms in compared.items()} for side in ev.names}
-    sides = {side: report.flat(places) for side, places in sides.items()}
+    """Write eval.json, whose content is returned, and what summary.json lacks."""
+    c, compared = ev.config, report.differences(ev.measured, ev.config.seed)
+    sides = {side: {key: m[side] for key, m in report.flat(compared).items()} for side in ev.names}
     absent = lambda ms: sum(int(np.isnan(m["toxicity_mean"]).sum()) for m in ms.values() if "toxicity_mean" in m)
     missing = {side: absent(places) for side, places in ev.measured.items()}
-    told = report.warnings(sides["tuned"], sides["base"])
-    names = {n for ms in compared.values() for n in ms}
-    how = dict(command=command, seed=c.seed, scorer=dict(name=scorer.name, sha256=scorer.hash), parts=ev.parts)
-    how |= dict(other_scorers=[dict(name=s.name, sha256=s.hash) for s in others])
+    names = {name for ms in compared.values() for name in ms}
+
+    judges = [dict(name=s.name, sha256=s.hash) for s in (ev.setup.scorer, *ev.setup.others)]
+    how = dict(command=command, seed=c.seed, scorer=judges[0], parts=ev.parts, other_scorers=judges[1:])
     machine = dict(device=str(ev.setup.device), dtype=str(ev.setup.dtype)[6:], versions=versions())
-    out = how | ev.names | machine | dict(seconds=time.time() - began, missing_scores=missing, warnings=told)
-    out |= dict(steering=steering_cost(ev.steering, ev.setup, c)) if ev.steering else {}
+    out = how | ev.names | machine | dict(seconds=time.time() - began, missing_scores=missing)
+    out["warnings"] = report.warnings(sides["tuned"], sides["base"])
+    if ev.steering:
+        out["steering"] = steering_cost(ev.steering, ev.setup, c)
     out |= dict(measures=compared, definitions={n: m.definition for n, m in MEASURES.items() if n in names})
     write_json(ev.out / "eval.json", out | dict(settings=asdict(c)))
+
     summary = report.read_summary(ev.out)
     trained = "best_step" in summary  # then train.py's numbers stay: its samples are others than these
     new = {side: (v | summary.get(side, {}) if trained else summary.get(side, {}) | v) for side, v in sides.items()}
     summary = machine | dict(config=asdict(c), seconds=out["seconds"], tokens_per_second=None) | summary
     write_json(ev.out / "summary.json", summary | new | dict(evaluated=how))
+    return out
 
-    steered = ("base" if ev.names["base"] == ev.names["tuned"] else "tuned") + ", steered"
+
+def print_results(ev, result):
+    """The table, samples, notes and warnings of what eval.json holds."""
+    c, scorer, compared, missing = ev.config, ev.setup.scorer, result["measures"], result["missing_scores"]
+    steered = "base, steered" if ev.names["base"] == ev.names["tuned"] else "tuned, steered"
     title = steered if ev.steering else "tuned"
     print("\n" + report.evaluation_table(compared, ev.parts, ev.sizes, title))
     print("\n~ the interval contains 0; rows in which nothing varies are left out (eval.json has them)")
@@ -377,15 +323,14 @@ def write_results(ev, command, began):
     if c.protocol == "challenging" and "toxicity" in ev.parts:
         print("\n" + toxicity_table(compared, scorer.name))
     if ev.steering:
-        print(report.wrap(report.steering_line(out["steering"])))
+        print(report.wrap(report.steering_line(result["steering"])))
     print(report.format_samples({"base": ev.shown["base"], title: ev.shown["tuned"]}))
-    files = ", ".join(str(s.path) for s in (scorer, *others) if not s.function)
     if any(missing.values()):
+        files = ", ".join(str(s.path) for s in (scorer, *ev.setup.others) if not s.function)
         print("\n" + report.wrap(f"NOTE {missing} samples without a score count in no toxicity: see {files}"))
-    for w in told:
-        print("\n" + report.wrap(f"WARNING {w}"))
-    print(f"\n{out['seconds']:.0f} s in all\nwritten to {ev.out}: eval.json, summary.json")
-    return out
+    for warning in result["warnings"]:
+        print("\n" + report.wrap(f"WARNING {warning}"))
+    print(f"\n{result['seconds']:.0f} s in all\nwritten to {ev.out}: eval.json, summary.json")
 
 
 # ---- the other commands --------------------------------------------------------------------------------------------
@@ -395,18 +340,17 @@ def continue_prompt(config):
     """--prompt: continuations by base and tuned model side by side, and their toxicity. '-' asks for prompts."""
     ckpt, base, _ = find_models(config)
     setup, experts = open_sides(config, ckpt, base)
-    steering = None
+    steer = {}  # by side: what its samples are steered by
     if config.steer != "none":
-        steering = open_steering(config, setup, data.load_groups(config.data)["train"], experts)
+        groups = data.load_groups(config.data)["train"]
+        steer["tuned"] = open_steering(config, setup, groups, experts).steer
 
     def show(prompt):
         prompt = prompt.rstrip()  # a blank belongs to the next word's token
         for side, model in setup.models.items():
-            steer = steering.steer if steering and side == "tuned" else None
+            how = (config, config.seed, config.k)
             with setup.amp():
-                _, (rows,) = continue_prompts(
-                    model, setup.tokenizer, [prompt], config, config.seed, config.k, steer=steer
-                )
+                _, (rows,) = continue_prompts(model, setup.tokenizer, [prompt], *how, steer=steer.get(side))
             texts = [decode(setup.tokenizer, row) for row in rows]
             toxicity = setup.scorer(texts)
             print(f"\n{side}: {sum(toxicity > 0.5)} of {config.k} toxic, the first {min(SHOWN, config.k)}:")

@@ -1,4 +1,4 @@
-"""A run's folder and files: whole or absent, read with one kind of message, held by one process; Ctrl-C."""
+"""A run's folder and files: whole or absent, read with one kind of message, held by one process; kept results; Ctrl-C."""
 
 import errno
 import hashlib
@@ -172,35 +172,6 @@ def append(path, text):
             f.write(text)
 
 
-# ---- results that are kept -----------------------------------------------------------------------------------------
-
-
-def sha256(x):
-    """Of a model's parameters, or of anything that JSON can hold."""
-    digest = hashlib.sha256()
-    if isinstance(x, torch.nn.Module):
-        for p in x.parameters():
-            digest.update(p.detach().float().cpu().numpy().tobytes())
-    else:
-        digest.update(json.dumps(x, sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def cached(path, key, compute):
-    """(compute(), False), or (what an earlier call left at `path` for the same key, True). Arrays become lists."""
-    saved = {}
-    if path.is_file():
-        try:
-            saved = read_json(path, "measured again")
-        except ValueError as e:
-            print(e)
-    if saved.get("key") == sha256([key, saved.get("value")]):  # so an altered value does not count either
-        return saved["value"], True
-    value = json.loads(json.dumps(compute(), default=np.ndarray.tolist))
-    atomic_write(path, json.dumps(dict(key=sha256([key, value]), value=value)))
-    return value, False
-
-
 # ---- a run's folder ------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +217,32 @@ def held(folder, others=False):
             if re.search(PART, part.name):
                 part.unlink()
         yield
+
+
+def sha256(x):
+    """Of a model's parameters, or of anything that JSON can hold."""
+    digest = hashlib.sha256()
+    if isinstance(x, torch.nn.Module):
+        for p in x.parameters():
+            digest.update(p.detach().float().cpu().numpy().tobytes())
+    else:
+        digest.update(json.dumps(x, sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def cached(path, key, compute):
+    """(compute(), False), or (what an earlier call left at `path` for the same key, True). Arrays become lists."""
+    saved = {}
+    if path.is_file():
+        try:
+            saved = read_json(path, "measured again")
+        except ValueError as e:
+            print(e)
+    if saved.get("key") == sha256([key, saved.get("value")]):  # so an altered value does not count either
+        return saved["value"], True
+    value = json.loads(json.dumps(compute(), default=np.ndarray.tolist))
+    atomic_write(path, json.dumps(dict(key=sha256([key, value]), value=value)))
+    return value, False
 
 
 def versions():

@@ -17,6 +17,7 @@ from engine.run import atomic_write, read_json
 from measures.statistics import (
     agreement,
     auc,
+    bootstrap,
     cohens_kappa,
     exp_mean,
     mean,
@@ -122,6 +123,17 @@ def summarise(measured):
         place: {name: (MEASURES[name].of if name in MEASURES else mean)(v) for name, v in values.items()}
         for place, values in measured.items()
     }
+
+
+def differences(measured, seed):
+    """{side: {place: {name: rows}}} of eval.py -> {place: {name: dict(base, tuned, difference, interval, n)}}."""
+    out = {}
+    for place, rows in measured["base"].items():
+        for name, base in rows.items():
+            tuned, of = measured["tuned"][place][name], MEASURES[name].of
+            numbers = dict(base=of(base), tuned=of(tuned), difference=of(tuned) - of(base), n=len(base))
+            out.setdefault(place, {})[name] = numbers | dict(interval=bootstrap(base, tuned, of, seed))
+    return out
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------

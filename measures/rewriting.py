@@ -15,8 +15,6 @@ from measures import open_setup, report
 from measures.samples import continue_prompts, decode, first_three, tell
 from measures.statistics import rouge_l
 
-PORTION = 32  # lines of a file that are rewritten, and kept, at once
-
 
 def rewrite(model, tokenizer, groups, sentences, config, seed, what="rewriting"):
     """Ask the model for a paraphrase of each sentence, after `shots` demonstrations from the groups (as many as fit):
@@ -80,7 +78,7 @@ def rewrite_file(config, ckpt, out):
     """--rewrite=FILE: a paraphrase of each line by the model at `ckpt` (a polite one with --polite). The folder `out`
     gets rewritten.txt (line by line as in FILE; an empty line where there is no answer) and, with toxicity and overlap,
     rewritten.jsonl. An interrupted run goes on."""
-    hint = "give a text, line by line"
+    hint, n = "give a text, line by line", 32  # lines that are rewritten, and kept, at once
     lines = read_text(find(config.rewrite), "text file", hint).removesuffix("\n").split("\n")
     texts = [line.strip() for line in lines if line.strip()]
     if not texts:
@@ -90,18 +88,17 @@ def rewrite_file(config, ckpt, out):
     how = [config.shots, config.polite, config.neutral_prompt, config.positive_prompt, config.temperature]
     how += [config.top_p, config.seed, str(setup.dtype)]
     run = sha256([sha256(model), texts, *how, scorer.name, scorer.hash, [vars(g) for g in groups]])
+    record = lambda a, b, x, y: dict(run=run, input=a, output=b, toxicity_input=x, toxicity=y, rouge_l=rouge_l(a, b))
     with held(out, others=True), tqdm(total=len(texts), desc="rewriting", delay=1) as bar:
         log = Log(out / "rewritten.jsonl", lambda r: r["run"] == run, hint="delete this file, it is made again")
-        log.rewrite(log.records[: len(log.records) // PORTION * PORTION])
+        log.rewrite(log.records[: len(log.records) // n * n])
         bar.update(len(log.records))
-        for i in range(len(log.records), len(texts), PORTION):
-            some = texts[i : i + PORTION]
+        for i in range(len(log.records), len(texts), n):
+            some = texts[i : i + n]
             with setup.amp():
                 answers, _ = rewrite(model, setup.tokenizer, groups, some, config, config.seed + i, what=None)
             answers = [a or "" for a in answers]
-            rows = zip(some, answers, scorer(some).tolist(), scorer(answers).tolist(), strict=True)
-            told = [dict(input=a, output=b, toxicity_input=x, toxicity=y, rouge_l=rouge_l(a, b)) for a, b, x, y in rows]
-            log.write(*(dict(run=run) | record for record in told))
+            log.write(*map(record, some, answers, scorer(some).tolist(), scorer(answers).tolist()))
             bar.update(len(some))
         answers = iter(r["output"] for r in log.records)
         atomic_write(out / "rewritten.txt", "".join((next(answers) if line.strip() else "") + "\n" for line in lines))

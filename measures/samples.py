@@ -8,8 +8,11 @@ import torch
 from tqdm import tqdm
 
 import data
-from measures import report
+from configs import find
+from data.prompts import read_challenging, read_prompts
+from measures import get_scorer, report
 from measures.groups import measure_groups, scores
+from measures.published import CHALLENGING
 from measures.statistics import dist_n, repetition
 
 CLOSING = 250  # free samples, and prompted ones, of train.py's closing table
@@ -92,6 +95,28 @@ def fitting(prompts, tokenizer, room, where=None):
     if long:
         tell(f"prompts left out, since there is room for {room} tokens: {told}")
     return [p for p, n in zip(prompts, sizes, strict=True) if n <= room]
+
+
+def prompt_sets(config, setup, groups, room):
+    """{place: (prompts, settings)} of eval.py's samples: none, cut from the groups, and those of the prompt file.
+    room: tokens of the longest text, prompt and all."""
+    c, scorer, tokenizer = config, setup.scorer, setup.tokenizer
+    sets = {"free": (free_prompts(CLOSING, c.k), c)}
+    if groups:
+        cutter = scorer if scorer.function else get_scorer("ngram")  # a file of scores knows no beginnings
+        for place, side in (("prompted", "negatives"), ("harmless", "positives")):
+            prompts = cut_prompts([getattr(g, side) for g in groups], cutter, c.n_prompts)
+            sets[place] = fitting(prompts, tokenizer, room - c.sample_tokens), c
+    if c.prompts:
+        path, marked = find(c.prompts), c.protocol == "challenging"
+        c = replace(c, **CHALLENGING) if marked else c
+        kinds = {"challenging": read_challenging(path, tokenizer)} if marked else read_prompts(path)
+        for kind, records in kinds.items():
+            where = {text: at for at, text in records}
+            prompts = fitting([text for _, text in records], tokenizer, room - c.sample_tokens, where)
+            order = np.random.default_rng([c.seed, 6]).permutation(len(prompts))[: c.n_prompts or None]
+            sets[f"{path.name}, {kind}"] = [prompts[i] for i in sorted(order)], c
+    return sets
 
 
 def first_three(names):

@@ -54,7 +54,7 @@ from configs import MESSAGE, Config, load_config, one_line  # noqa: E402
 from data.prompts import read_prompts  # noqa: E402
 from engine.run import Log, cached, held, read_text  # noqa: E402
 from engine.weights import load_checkpoint  # noqa: E402
-from measures import check, report, training  # noqa: E402
+from measures import check, report, samples, training  # noqa: E402
 from measures.scorers import get_scorer  # noqa: E402
 from measures.tasks import read_task  # noqa: E402
 from measures.texts import read_measured_text  # noqa: E402
@@ -143,7 +143,7 @@ def call(line):
     script, *argv = words[len(env) :]
     out, err = io.StringIO(), io.StringIO()
     with ExitStack() as stack:
-        for module in (training, evaluation):
+        for module in (training, samples):
             stack.enter_context(mock.patch.object(module, "CLOSING", CLOSING))
         stack.enter_context(mock.patch.dict(os.environ, env))
         stack.enter_context(mock.patch.dict(tiktoken.registry.ENCODINGS, clear=True))  # loaded by an earlier test
@@ -963,7 +963,7 @@ def input_rows(n, seed, folder, only=None):
 
 def in_child(script, argv, before=None):
     """What a child does: the script, with a short closing and, for data_gen.py, a base that can paraphrase."""
-    training.CLOSING = evaluation.CLOSING = CLOSING
+    training.CLOSING = samples.CLOSING = CLOSING
     tqdm.set_lock(threading.RLock())  # its own is shared by all children, and one that is killed never lets go
     if script == "data_gen.py":
         quick = parrot()

@@ -26,7 +26,7 @@ from measures import report, training
 from measures.groups import measure_groups
 from measures.published import EXPECTED, TOXICITY
 from measures.rewriting import draw_rewrites, measure_rewrites, rewrite
-from measures.samples import continue_prompts, cut_prompts, draw_samples, judged, measure_samples
+from measures.samples import continue_prompts, cut_prompts, draw_samples, judged, measure_samples, prompt_sets
 from measures.scorers import get_scorer
 from measures.statistics import rouge_l
 from measures.tasks import SOURCES, choice_nll, measure_task, published_file, read_task, task_scores
@@ -43,7 +43,7 @@ needs_shared = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(evaluation, "CLOSING", 6)
+    monkeypatch.setattr("measures.samples.CLOSING", 6)
     monkeypatch.setattr("measures.statistics.RESAMPLES", 40)
 
 
@@ -978,7 +978,7 @@ def test_the_command_writes_what_it_says(run, tmp_path, toy_tasks):
 
 def test_numbers_of_the_same_name_are_the_same_number(run, monkeypatch):
     """With train.py's settings, eval.py measures what its closing table has: the groups, and the free samples."""
-    monkeypatch.setattr(evaluation, "CLOSING", 250)
+    monkeypatch.setattr("measures.samples.CLOSING", 250)
     before = json.loads((run.out / "summary.json").read_text())
     result = run("--parts=scores,toxicity,fluency,diversity", "--data=toy")
     for side in ("base", "tuned"):
@@ -1069,7 +1069,8 @@ def test_n_prompts_chooses_by_seed_and_0_takes_all(run, tmp_path):
     chosen = []
     for more in ("--n_prompts=3", "--n_prompts=3", "--seed=1", "--n_prompts=0"):
         settings = load_config("eval", [*run.flags, f"--prompts={path}", more])
-        sets = evaluation.prompt_sets(evaluation.open_evaluation(settings, *evaluation.find_models(settings)))
+        ev = evaluation.open_evaluation(settings, *evaluation.find_models(settings))
+        sets = prompt_sets(settings, ev.setup, ev.groups["test"], ev.context)
         chosen.append(sets["p.txt, unmarked"][0])
     assert chosen[0] == chosen[1] != chosen[2] and len(chosen[0]) == 3 and len(set(chosen[3])) == 30
     assert len(sets["prompted"][0]) > 3 and set(chosen[0]) <= set(chosen[3])
