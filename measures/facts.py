@@ -25,6 +25,6 @@ def in_words(text):
 @cache
 def edited_facts():
     """[(subject without its article, old value)] of the facts that ship, as `in_words` writes them."""
-    records = [record for _, record, _ in group_records(find("data/facts/groups.jsonl"))]
+    records = [r for _, r, _ in group_records(find("data/facts/groups.jsonl")) if "old" in r]  # neighbours have none
     facts = ((re.sub("^ (the|a) ", " ", in_words(r["subject"])), in_words(r["old"])) for r in records)
     return list(dict.fromkeys(facts))

@@ -21,8 +21,20 @@ SIZES = {"train": 6, "val": 2, "test": 3}
 
 
 @pytest.fixture(scope="module")
-def records():
+def everything():
+    """All records of the group file: of the facts, and of their neighbours (id ...-near)."""
     return [record for _, record, _ in group_records(FOLDER / "groups.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def records(everything):
+    return [r for r in everything if not r["id"].endswith("-near")]
+
+
+@pytest.fixture(scope="module")
+def near(everything):
+    """{id of a fact: the record of its neighbours that are trained on}."""
+    return {r["id"].removesuffix("-near"): r for r in everything if r["id"].endswith("-near")}
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +133,71 @@ def test_values_are_as_long_as_each_other(facts, monkeypatch):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# neighbour groups
+
+
+def about(subject, text):
+    """Whether the text holds the subject, with or without its article, as whole words."""
+    return re.sub("^ (the|a) ", " ", in_words(subject)) in in_words(text)
+
+
+def test_each_fact_has_a_neighbour_group(near, facts):
+    """Behind its other records, of the train split and its size: three sentences of each of two neighbours, which are
+    true, and the same with the new value of the fact."""
+    assert list(near) == list(facts)
+    for name, r in near.items():
+        fact, values = facts[name], dict(r["neighbours"])
+        assert (r["split"], r["relation"], r["new"]) == ("train", fact["relation"], fact["new"])
+        assert "old" not in r and "subject" not in r  # it edits nothing
+        assert len(values) == 2 and len(set(r["positives"])) == len(set(r["negatives"])) == SIZES["train"]
+        told = Counter()
+        for pos, neg in zip(r["positives"], r["negatives"], strict=True):
+            (subject,) = [s for s in values if about(s, pos)]
+            before, after = re.split(rf"\b{re.escape(values[subject])}\b", pos.replace("diesel", "\0"))
+            assert neg == (before + r["new"] + after).replace("\0", "diesel"), neg
+            if article := re.search(r"\b(an?) $", before):
+                assert all(article[1] == ("an" if v[0] in "aeiou" else "a") for v in (values[subject], r["new"])), pos
+            assert pos[-1] in '."' and pos[0] in f'"{pos[0].upper()}', pos
+            told[subject] += 1
+        assert set(told.values()) == {3}
+        assert any(about(s, r["input"]) and values[s] in r["input"] for s in values), r["input"]
+
+
+def test_trained_neighbours_are_not_tested(near, tasks, everything):
+    """No neighbour of the task occurs in any training group of its relation, and of each fact two are left to test."""
+    tested = defaultdict(set)
+    for r in tasks["neighbours"]:
+        tested[r["fact"].split("-")[0]].add(r["subject"])
+    for name, r in near.items():
+        assert not tested[r["relation"]] & dict(r["neighbours"]).keys(), name
+    for r in everything:
+        if r["split"] == "train":
+            text = " ".join([r["input"], *r["positives"], *r["negatives"]])
+            assert not [s for s in tested[r["relation"]] if about(s, text)], r["id"]
+    assert set(Counter(r["fact"] for r in tasks["neighbours"]).values()) == {2}
+
+
+def test_trained_neighbours_are_others(near, facts, records):
+    """They are no subjects of edits, have one value within a relation, which is not that which they are held against,
+    and no sentence about them is one about an edited fact or has a held-out wording."""
+    edited = {in_words(f["subject"]) for f in facts.values()}
+    values = defaultdict(set)
+    for r in near.values():
+        for subject, value in r["neighbours"]:
+            assert in_words(subject) not in edited and value != r["new"]
+            values[r["relation"], subject].add(value)
+    assert all(len(v) == 1 for v in values.values())
+    texts = [t for r in near.values() for t in (r["input"], *r["positives"], *r["negatives"])]
+    assert not set(texts) & {t for r in records for t in (r["input"], *r["positives"], *r["negatives"])}
+    assert Counter(t for r in near.values() for t in r["negatives"]).most_common(1)[0][1] == 1
+    held_out = {frame(t, r) for r in records if r["split"] != "train" for t in r["negatives"]}
+    for r in near.values():
+        for pos in r["positives"]:
+            (subject, value), *_ = [pair for pair in r["neighbours"] if about(pair[0], pos)]
+            assert frame(pos, dict(subject=subject, old=value, new=r["new"])) not in held_out, pos
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # tasks
 
 
@@ -150,8 +227,8 @@ def test_queries_are_beginnings(name, split, tasks, facts, records):
 
 
 def test_neighbours_are_others(tasks, facts):
-    """No subject of any edit is asked for, and each fact has three neighbours at least, in wordings about them. For
-    most facts the old value is true of some neighbour."""
+    """No subject of any edit is asked for, and each fact has two neighbours, in wordings about them. For most facts the
+    old value is true of some neighbour."""
     edited = {in_words(f["subject"]) for f in facts.values()}
     of = defaultdict(list)
     for r in tasks["neighbours"]:
@@ -161,7 +238,7 @@ def test_neighbours_are_others(tasks, facts):
         rivals = [f["subject"] for f in facts.values() if f["relation"] == fact["relation"]]
         assert not any(in_words(subject) in in_words(r["query"]) for subject in rivals), r
         of[r["fact"]].append((r["subject"], r["choices"][0] == fact["old"]))
-    assert of.keys() == facts.keys() and min(len({s for s, _ in rows}) for rows in of.values()) >= 3
+    assert of.keys() == facts.keys() and all(len({s for s, _ in rows}) == 2 for rows in of.values())
     assert sum(any(same for _, same in rows) for rows in of.values()) > 0.7 * len(facts)
 
 
@@ -170,17 +247,18 @@ def test_neighbours_agree(tasks):
     values = defaultdict(set)
     for r in tasks["neighbours"]:
         values[r["fact"].split("-")[0], r["subject"]].add(r["choices"][0])
-    assert all(len(v) == 1 for v in values.values()) and len(values) > 200
+    assert all(len(v) == 1 for v in values.values()) and len(values) > 100
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # scorer and config
 
 
-def test_outdated_tells_the_sides_apart(records, tasks):
-    """Every negative states an old value; no positive, no input and no neighbour's truth does."""
+def test_outdated_tells_the_sides_apart(records, near, tasks):
+    """Every negative states an old value; no positive, no input and no sentence about a neighbour does."""
     assert outdated([t for r in records for t in r["negatives"]]).all()
     assert not outdated([t for r in records for t in (*r["positives"], r["input"])]).any()
+    assert not outdated([t for r in near.values() for t in (*r["positives"], *r["negatives"], r["input"])]).any()
     assert not outdated([f"{r['query']} {r['choices'][0]}." for r in tasks["neighbours"]]).any()
 
 
@@ -213,10 +291,10 @@ def test_config():
         assert [ROOT / path for path in config.tasks.split(",")] == [FOLDER / f"{name}.jsonl" for name in TASKS]
     groups = load_groups(config.data)
     data.check_sizes(groups["train"], config.n_pos, config.n_neg)
-    assert len(groups["val"]) <= config.eval_groups and len(groups["train"]) == len(groups["test"])
+    assert len(groups["val"]) <= config.eval_groups and len(groups["train"]) == 2 * len(groups["test"])
 
 
-def test_data_sheet(records, tasks, facts):
+def test_data_sheet(records, near, tasks, facts):
     """Its counts are those of the files."""
     sheet = (FOLDER / "README.md").read_text()
     counts = [len(facts), len({f["relation"] for f in facts.values()}), *(len(sides(records, s)) for s in SIZES)]
@@ -224,6 +302,7 @@ def test_data_sheet(records, tasks, facts):
         r"(\d+) facts of (\d+) relations; ([\d,]+) sentences to train on, (\d+) to validate, (\d+) to", sheet
     )
     assert [int(n.replace(",", "")) for n in told.groups()] == counts
+    assert f"{len(sides([*near.values()], 'train')):,} about neighbours" in " ".join(sheet.split())
     same = sum(r["choices"][0] == facts[r["fact"]]["old"] for r in tasks["neighbours"])
     assert f"the old one of the fact in {same} items" in " ".join(sheet.split())
     for name in TASKS:
