@@ -27,6 +27,7 @@ class Group:
     positives: list[str]
     negatives: list[str]
     split: str
+    paired: bool = False  # negatives[i] is positives[i] with one thing changed: the same i are drawn of both
 
 
 def get_tokenizer(name):
@@ -79,9 +80,10 @@ def is_score(x):
 def read_groups(path, setting=""):
     """Groups from a file. Raises ValueError or FileNotFoundError naming file and line.
 
-    Ours, JSON lines: {"id", "input", "positives": [...], "negatives": [...], "split": "train" | "val" | "test"}; other
-    fields are ignored. The paper's release, one JSON array: {"input", "paraphrases", "paraphrases_toxic"}, lists or
-    {text: score}. Without ids, the position counts; without splits, a hash of the input decides (70 / 10 / 20 %).
+    Ours, JSON lines: {"id", "input", "positives": [...], "negatives": [...], "split": "train" | "val" | "test"}, and
+    "paired": true if negatives[i] is positives[i] with one thing changed; others are ignored. The paper's release, one
+    JSON array: {"input", "paraphrases", "paraphrases_toxic"}, lists or {text: score}. Without ids, the position
+    counts; without splits, a hash of the input decides (70 / 10 / 20 %).
     """
     return [group for _, _, group in group_records(path, setting)]
 
@@ -128,7 +130,10 @@ def _group(record, where, number):
     name = record.get("id")
     if not isinstance(name, str | int | None):
         raise wrong(where, "a text or a whole number as 'id'", name)
-    return Group(str(number if name is None else name), record["input"], positives, negatives, split)
+    paired = record.get("paired", False)
+    if type(paired) is not bool or (paired and len(positives) != len(negatives)):
+        raise wrong(where, "true (with as many negatives as positives) or false as 'paired'", paired)
+    return Group(str(number if name is None else name), record["input"], positives, negatives, split, paired)
 
 
 def load_groups(name, setting="data"):
@@ -188,7 +193,8 @@ class Batches:
 
     So a run resumes by its step alone, and k batches of B/k hold what one of B holds. Items are reshuffled every
     epoch. An item is a group, a text, or a framed list of ids. With groups (n_pos, n_neg > 0), P positives and N
-    negatives are drawn without replacement each time, and n_random negatives of other groups are put behind them.
+    negatives are drawn without replacement each time, of a paired group the negatives that belong to the positives; and
+    n_random negatives of other groups are put behind them.
     """
 
     def __init__(self, items, tokenizer, batch_size, seed, max_tokens, n_pos=0, n_neg=0, n_random=0, starts=None):
@@ -198,6 +204,7 @@ class Batches:
         self.ids = [item.id if n_pos else f"document {i}" for i, item in enumerate(items)]
         texts = [(item.positives, item.negatives) if n_pos else ([item],) for item in items]
         encode = lambda t: t[:max_tokens] if isinstance(t, list) else frame(t, tokenizer, max_tokens)
+        self.paired = [n_pos > 0 and item.paired for item in items]
         self.encoded = [[[encode(t) for t in side] for side in sides] for sides in texts]
         self.truncated = sum(s[-1] != tokenizer.eot_token for sides in self.encoded for side in sides for s in side)
         self.epoch, self.order = None, None
@@ -220,8 +227,10 @@ class Batches:
                 rows += self.encoded[item][0]
                 continue
             rng = np.random.default_rng([self.seed, 1, k])
+            same = rng.permutation(len(self.encoded[item][0])) if self.paired[item] else None
             for side, n in zip(self.encoded[item], self.sizes, strict=True):
-                rows += [side[j] for j in rng.choice(len(side), n, replace=False)]
+                drawn = rng.choice(len(side), n, replace=False) if same is None else same[:n]
+                rows += [side[j] for j in drawn]
             for other in rng.choice(len(self.ids) - 1, self.n_random):  # negatives of any group but this one
                 side = self.encoded[other + (other >= item)][1]
                 rows.append(side[rng.integers(len(side))])

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,6 +75,8 @@ def test_our_format(write):
         Group("7", "in 1", ["kind 1"], ["rude 1"], "val"),
     ]
     assert read_groups(str(path)) == read_groups(path)
+    path = write("\n".join(json.dumps(record(i, paired=i == 1)) for i in range(3)))
+    assert [g.paired for g in read_groups(path)] == [False, True, False]
 
 
 def test_released_format(write):
@@ -168,6 +171,14 @@ BAD_RECORDS = {
     "id no text": (record(1, id=["g1"]), "wanted a text or a whole number as 'id', got [\"g1\"]"),
     "unknown split": (record(1, split="dev"), "wanted one of train, val, test as 'split', got \"dev\""),
     "split no text": (record(1, split=["train"]), "wanted one of train, val, test as 'split', got [\"train\"]"),
+    "paired no truth value": (
+        record(1, paired=1),
+        "wanted true (with as many negatives as positives) or false as 'paired', got 1",
+    ),
+    "paired but unequal": (
+        record(1, paired=True, negatives=["x", "y"]),
+        "wanted true (with as many negatives as positives) or false as 'paired', got true",
+    ),
     "two splits": (
         record(1, input="in 0", split="val"),
         "wanted split 'train', as another group with this input has, got \"val\"",
@@ -508,6 +519,23 @@ def test_all_sentences_of_a_side_can_be_drawn(batches, tokenizer):
     assert sorted(t.split()[2] for t in said[:4]) == list("0123") and sorted(t.split()[2] for t in said[4:]) == list(
         "012345"
     )
+
+
+def test_paired_groups_are_drawn_in_pairs(tokenizer):
+    """Of a paired group the negatives of a draw are those of its positives, in their order; each pair is drawn; and a
+    group that is not paired is drawn as it was beside one."""
+    sides = [[f"{word} {i}" for i in range(4)] for word in ("kind", "rude")]
+    groups = [Group(name, name, *sides, "train", paired=name == "pairs") for name in ("pairs", "plain")]
+    together = [Batches(g, tokenizer, 2, 0, 100, 2, 2) for g in (groups, [replace(g, paired=False) for g in groups])]
+    drawn, same = set(), 0
+    for i in range(20):
+        batch, other = (b[i] for b in together)
+        said, before = ([t.split()[1] for t in texts(b, tokenizer)] for b in (batch, other))
+        at = 4 * batch.ids.index("pairs")
+        assert said[at : at + 2] == said[at + 2 : at + 4] and said[4 - at : 8 - at] == before[4 - at : 8 - at]
+        drawn.add(tuple(said[at : at + 2]))
+        same += said[4 - at : 6 - at] == said[6 - at : 8 - at]
+    assert {i for pair in drawn for i in pair} == set("0123") and len(drawn) > 4 and same < 10
 
 
 def test_rows_of_documents(batches, tokenizer):

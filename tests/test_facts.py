@@ -290,6 +290,7 @@ def test_config():
         assert config.data == "data/facts/groups.jsonl" and config.scorer == "measures.facts:outdated"
         assert [ROOT / path for path in config.tasks.split(",")] == [FOLDER / f"{name}.jsonl" for name in TASKS]
     groups = load_groups(config.data)
+    assert config.n_pos == config.n_neg == 1 and all(g.paired for side in groups.values() for g in side)
     data.check_sizes(groups["train"], config.n_pos, config.n_neg)
     assert len(groups["val"]) <= config.eval_groups and len(groups["train"]) == 2 * len(groups["test"])
 
