@@ -24,7 +24,8 @@ def test_the_benchmark_of_the_readme_runs():
         assert row["agree"] and row["gflop_per_second"] > 0
         for side in row.keys() & {"here", "plain", "kept"}:
             m = row[side]
-            assert m["seconds"] > 0 and m["per_second"] > 0 and 0 < m["share"] < 2  # beside other jobs the rate may come out low
+            assert m["seconds"] > 0 and m["per_second"] > 0
+            assert 0 < m["share"] < 2  # above 1 where other jobs were in the way of the large product
             assert m["peak_mb"] is None or m["peak_mb"] > 50
         assert len(row["plain"]["ratios"]) == 1 and row["plain"]["ratio"] > 0
     assert "kept" in result["jobs"]["cp-bf16"]
