@@ -328,7 +328,7 @@ def made_by(path):
     path = find(path)
     best = Path(read_config_file(path).get("out_dir", SETTINGS["out_dir"].default)) / "best.pt"
     if not best.is_file():
-        command = f"python train.py {shlex.quote(str(path))}"
+        command = shlex.join(["python", "train.py", str(path)])
         raise FileNotFoundError(f"the base, {best}, is missing: {command} makes it, or give --base")
     return str(best)
 
