@@ -110,8 +110,8 @@ def compare_samples(ev):
         what, seed = report.PLACES.get(place, place), c.seed + 1 + 1000 * i  # free samples: train.py's closing ones
         ev.sizes[place] = f"{len(prompts)} x {c.k}"
         key = [prompts, c.k, c.sample_tokens, seed, c.temperature, c.top_p]
-        how = dict(config=c, prompts=prompts, k=c.k, seed=seed, what=what)
-        draw = partial(draw_samples, judge=setup.models["base"], tokenizer=setup.tokenizer, **how)
+        sampling = dict(config=c, prompts=prompts, k=c.k, seed=seed, what=what)
+        draw = partial(draw_samples, judge=setup.models["base"], tokenizer=setup.tokenizer, **sampling)
         judge = partial(judged, measure_samples, place=place, scorers=[setup.scorer, *setup.others], how=c.judge_whole)
         measure_sides(ev, f"samples, {what}", place, key, draw, judge, first_samples, steered=True)
 
@@ -187,7 +187,7 @@ def find_models(config):
                 raise ValueError("--steer without --ckpt steers what --init_from names, not 'scratch': give --base")
             base = made_by(base) if base.endswith(".py") else base
             return base, base, out
-    missing = ckpt.suffix.lower() == ".pt" and not ckpt.is_file()  # which is said before a base is loaded
+    missing = ckpt.suffix.lower() == ".pt" and not ckpt.is_file()  # then tuned_from raises, before a base is loaded
     base = config.base if config.base and not missing else tuned_from(ckpt, config)
     return str(ckpt), base, out
 
@@ -256,7 +256,8 @@ def open_evaluation(config, ckpt, base, out):
     hashes = {side: sha256(model) for side, model in setup.models.items()}
     if steering:
         hashes["steering"] = steering_hash(config, groups["train"], experts)
-    names, context = {"base": base, "tuned": ckpt}, min(m.config.n_positions for m in setup.models.values())
+    names = {"base": base, "tuned": ckpt}
+    context = min(m.config.n_positions for m in setup.models.values())
     return Evaluation(config, parts, out, names, setup, context, groups, hashes, steering=steering)
 
 

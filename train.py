@@ -1,6 +1,6 @@
 """The one training loop: contrastive perplexity, one of its rivals, or language modelling.
 
-Reads from top to bottom: the objective, the loop, what is set up before it, what is measured after.
+Reads from top to bottom: the objective, the loop, its set-up and its close, and whole runs.
 
     python train.py configs/toy_cp.py                       no download, no GPU, a minute and a half
     python train.py configs/gpt2_cp.py --tau=0.5 --out_dir=out/tau0.5
@@ -27,7 +27,7 @@ from tqdm import tqdm
 import data
 from engine import edits, ranks
 from engine.device import compile_if_it_pays
-from engine.resume import is_finished, open_log, restore, save, saved_state
+from engine.resume import begin_folder, is_finished, restore, save, saved_state
 from engine.run import Log, first_interrupt, first_line, held, versions, write_json
 from engine.weights import lora_record
 from loss import OBJECTIVES, diagnose, language_modelling, scaled
@@ -247,13 +247,13 @@ def set_up(config):
     batches, held_out, groups = data.open_data(config, setup.tokenizer, model.config.n_positions)
 
     # ---- the frozen base
-    shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA leaves the weights as they are
+    shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA's weights stay as they are
     base, lora = copy.deepcopy(model, shared), None
     if config.lora_rank:
         lora = lora_record(base.source, base.state_dict(), config.lora_alpha / config.lora_rank)
         torch.manual_seed(config.seed)
         model.add_lora(config.lora_rank, config.lora_alpha, config.lora_targets)
-    for p in base.requires_grad_(False).matrices():  # autocast casts what is frozen at every use
+    for p in base.requires_grad_(False).matrices():  # cast once: autocast would cast what is frozen at every use
         p.data = p.data.to(setup.dtype)
     if config.objective != "lm" and config.edit == "none":
         with setup.amp():
@@ -279,7 +279,7 @@ def set_up(config):
         names = config.differing(saved["config"])
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(names)}" if names else ""))
     if ranks.first():
-        run.log = open_log(out, asdict(config), run.step if saved else None)
+        run.log = begin_folder(out, asdict(config), run.step if saved else None)
     print_plan(run, told)
     return run
 
@@ -342,7 +342,7 @@ def close(run, began):
     return summary
 
 
-# ---- runs: one, the one that makes its base, those of a sweep ------------------------------------------------------
+# ---- whole runs: one, the one that makes its base, a sweep's -------------------------------------------------------
 
 
 def train(config):
@@ -358,7 +358,7 @@ def train(config):
 
 
 def trained_by(path, config):
-    """The checkpoint that a config file makes. Its run comes first if that is missing, and goes on if it is unfinished.
+    """The checkpoint that a config file makes: trained now if it is missing, gone on with if it is unfinished.
     Raises ValueError if its folder holds the run of other settings."""
     machine = [f"--{name}={getattr(config, name)}" for name in ("device", "dtype", "compile")]
     wanted = load_config("train", [path, *machine], said=f"--init_from={path}: ")

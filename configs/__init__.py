@@ -45,8 +45,8 @@ def setting(default, remark, scripts=None, *, group, usual, above=None, low=None
 
 def objectives():
     """{name: source} of OBJECTIVES in loss.py, which is read and not imported, since it imports torch."""
-    table = (ROOT / "loss.py").read_text(encoding="utf-8").split("\nOBJECTIVES = {")[1]
-    return dict(re.findall(r'^    "(\w+)": \w+,(?:  # (.*))?$', table, re.MULTILINE))
+    table = (ROOT / "loss.py").read_text(encoding="utf-8").split("\nOBJECTIVES = {")[1].split("\n}")[0]
+    return dict(re.findall(r'^    "(\w+)":[^#\n]*(?:# *(.*))?$', table, re.MULTILINE))
 
 
 _run = partial(setting, group="the run", usual=ALL)
@@ -240,8 +240,8 @@ class Config:
             raise ValueError("lora_rank adds to a model: init_from must name one, not 'scratch' (or --lora_rank=0)")
 
     def differing(self, saved):
-        """Names of train.py's settings, NOT_IDENTITY aside, that a saved run (a dict) has otherwise. What it lacks is a
-        default."""
+        """Names of train.py's settings, NOT_IDENTITY aside, that a saved run (a dict) had with another value; what
+        it does not name had its default."""
         mine = {n: f.default for n, f in SETTINGS.items() if "train" in f.metadata["scripts"] and n not in NOT_IDENTITY}
         return [n for n, default in mine.items() if saved.get(n, default) != getattr(self, n)]
 
@@ -324,7 +324,7 @@ def read_config_file(path):
 
 
 def made_by(path):
-    """The checkpoint that a config file makes. Raises FileNotFoundError if it is missing."""
+    """The checkpoint that a config file has made; nothing is trained. Raises FileNotFoundError if it is missing."""
     path = find(path)
     best = Path(read_config_file(path).get("out_dir", SETTINGS["out_dir"].default)) / "best.pt"
     if not best.is_file():
@@ -333,19 +333,20 @@ def made_by(path):
     return str(best)
 
 
-# A checkpoint may be a stranger's. It does not say where something is written, or which code is run: what it has of
-# these does not count, and of scorers and configs only those that ship.
+# A checkpoint may be a stranger's, so it must not choose where something is written or which code is run: its UNTRUSTED
+# settings are ignored, and a scorer that is not among SCORERS is refused.
 UNTRUSTED = "out_dir ckpt base plot steer expert anti_expert prompt rewrite export check".split()
 SCORERS = ("ngram", "data.toy:rudeness", "measures.formal:informality")
 
 
 def ships(init_from):
-    """Whether a checkpoint may name this as what it was tuned from: any but a config, which is code, of others."""
+    """Whether the base that a checkpoint names runs no code of others: it is a model, or a config file in configs/."""
     return not init_from.endswith(".py") or find(init_from).resolve().parent == ROOT / "configs"
 
 
 def trusted_settings(saved, path, flags):
-    """Those of the settings `saved` in a checkpoint, `path`, that say what is measured and how. Raises ValueError."""
+    """The settings `saved` in the checkpoint `path` without the untrusted ones. Raises ValueError on a wrong value, or
+    on a scorer that does not ship unless the user's `flags` name one."""
     if saved.get("scorer", "ngram") not in SCORERS and "scorer" not in flags:
         raise ValueError(f"{path} names the scorer {saved['scorer']!r}, which is not imported unasked: give --scorer")
     distrusted = UNTRUSTED if ships(str(saved.get("init_from", ""))) else [*UNTRUSTED, "init_from"]
@@ -424,7 +425,9 @@ def before_torch(script, doc):
             among = f" [{', '.join(words)}]" if words and not explained else ""
             remark = f"{f.metadata['remark']}{among}; default {default}"
             print(textwrap.fill(remark, 98, initial_indent=f"  --{f.name:<18} ", subsequent_indent=" " * 23))
-            print("".join(f"{'':7}{word:<14}{what}\n" for word, what in words.items() if explained), end="")
+            if explained:
+                for word, what in words.items():
+                    print(f"{'':7}{word:<13} {what}")
     sys.exit(0)
 
 
@@ -482,9 +485,9 @@ def swept(config):
     return runs
 
 
-def check_resumable(config, saved, path, step=0):
+def check_resumable(config, saved, path, step):
     """Raise ValueError if `path`, a run's last.pt with the settings `saved`, is of another run than `config` means, or
-    at a step behind its last."""
+    at a step beyond max_steps."""
     if names := [n for n in config.differing(saved) if n not in MAY_CHANGE]:
         there = ", ".join(f"--{n}={shlex.quote(str(saved.get(n, SETTINGS[n].default)))}" for n in names[:5])
         raise ValueError(

@@ -131,8 +131,11 @@ def _group(record, where, number):
     if not isinstance(name, str | int | None):
         raise wrong(where, "a text or a whole number as 'id'", name)
     paired = record.get("paired", False)
-    if type(paired) is not bool or (paired and len(positives) != len(negatives)):
-        raise wrong(where, "true (with as many negatives as positives) or false as 'paired'", paired)
+    if type(paired) is not bool:
+        raise wrong(where, "true or false as 'paired'", paired)
+    if paired and len(positives) != len(negatives):
+        counts = dict(positives=len(positives), negatives=len(negatives))
+        raise wrong(where, "as many negatives as positives in a 'paired' group", counts)
     return Group(str(number if name is None else name), record["input"], positives, negatives, split, paired)
 
 
@@ -227,9 +230,9 @@ class Batches:
                 rows += self.encoded[item][0]
                 continue
             rng = np.random.default_rng([self.seed, 1, k])
-            same = rng.permutation(len(self.encoded[item][0])) if self.paired[item] else None
+            order = rng.permutation(len(self.encoded[item][0])) if self.paired[item] else None  # one for both sides
             for side, n in zip(self.encoded[item], self.sizes, strict=True):
-                drawn = rng.choice(len(side), n, replace=False) if same is None else same[:n]
+                drawn = rng.choice(len(side), n, replace=False) if order is None else order[:n]
                 rows += [side[j] for j in drawn]
             for other in rng.choice(len(self.ids) - 1, self.n_random):  # negatives of any group but this one
                 side = self.encoded[other + (other >= item)][1]

@@ -87,7 +87,8 @@ class _HeadLoss(torch.autograd.Function):
         h, weight, truth, weight_base, kept = ctx.saved_tensors
         with torch.autocast(h.device.type, enabled=False):
             h_, weight_, truth_, weight_base_ = _cast(ctx.dtype, h, weight, truth, weight_base)
-            dh, gh, dweight = torch.empty_like(h), h * grad[:, None], None
+            dh, gh = torch.empty_like(h), h * grad[:, None]
+            dweight = None  # stays so where the embedding is frozen
             n = max(1, limit(KEEP, h) // len(weight))  # at least N if it was kept
             for i in range(0, len(h), n):
                 rows, residual = slice(i, i + n), kept
@@ -95,7 +96,7 @@ class _HeadLoss(torch.autograd.Function):
                     residual = h_.new_empty(len(h_[rows]), len(weight_))
                     _losses(h_[rows], weight_, truth_[rows], weight_base_, len(weight), residual)
                 dh[rows] = residual @ weight_
-                if ctx.needs_input_grad[1]:  # not where the embedding is frozen
+                if ctx.needs_input_grad[1]:
                     part = (residual.t() @ gh[rows].to(ctx.dtype))[: len(weight)]
                     dweight = part.to(weight.dtype) if dweight is None else dweight.add_(part)
             if weight_base is None:  # q is one-hot: its part of the products is a row of the weights

@@ -13,8 +13,8 @@ from engine.weights import load_checkpoint
 
 
 def is_finished(config, hint, source):
-    """Whether out_dir holds the finished run of these settings; if an unfinished one, config.resume is set. Raises
-    ValueError if it is another's than `source` says, and gives the hint."""
+    """Whether out_dir holds the finished run of these settings. If it holds an unfinished one, config.resume is set.
+    Raises ValueError, with the hint, if it holds a run of other settings than `source` says."""
     out = Path(config.out_dir)
     if (out / "config.json").is_file():
         if names := config.differing(read_json(out / "config.json", hint)):
@@ -28,7 +28,7 @@ def is_finished(config, hint, source):
 def saved_state(folder, resume):
     """The content of a folder's last.pt if its run is to be resumed, with cost and step of the best.pt beside it as
     "best"; else None. Raises FileNotFoundError or ValueError with one line if it cannot be resumed, and ValueError if
-    the folder holds an unfinished run that is not to be: none is overwritten unasked."""
+    the folder holds an unfinished run and `resume` is off: none is overwritten unasked."""
     path, file = folder / "last.pt", folder / "best.pt"
     if not resume:
         if (folder / "summary.json").is_file():
@@ -72,9 +72,10 @@ def restore(model, optimizer, scaler, saved, path):
         scaler.load_state_dict(saved["scaler"])
 
 
-def open_log(folder, settings, step=None):
-    """The log of a run that begins, or that goes on at `step`, beside its config.json. They are written in an order in
-    which a kill leaves nothing that a later run would take for its own."""
+def begin_folder(folder, settings, step):
+    """Begin a run's folder (step None), or go on in it at `step`: delete results that no longer hold, of a new run the
+    checkpoints too, write config.json, and return the log. In this order a kill leaves nothing that a later run would
+    take for its own."""
     path, begins = folder / "log.jsonl", step is None
     if not begins:
         hint = "take that line out (only figures need it), or give another --out_dir"

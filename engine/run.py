@@ -1,4 +1,4 @@
-"""A run's folder and files: whole or absent, one kind of message, held by one process; kept results; Ctrl-C."""
+"""A run's folder and files: whole or absent, errors in one line, held by one process; kept results; Ctrl-C."""
 
 import errno
 import hashlib

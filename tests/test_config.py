@@ -610,15 +610,15 @@ def test_what_a_run_may_be_resumed_with(name):
     value = getattr(Config(), name)
     saved = asdict(Config()) | {name: f"not {value}"}
     if name in MAY_CHANGE:
-        return check_resumable(Config(), saved, "last.pt")
+        return check_resumable(Config(), saved, "last.pt", 0)
     with pytest.raises(ValueError, match=f"^last.pt was made with --{name}='not .*': give the same with --resume, or"):
-        check_resumable(Config(), saved, "last.pt")
+        check_resumable(Config(), saved, "last.pt", 0)
 
 
 def test_many_other_settings_are_one_line():
     saved = {name: f"not {value}" for name, value in asdict(Config()).items()}
     with pytest.raises(ValueError, match="--hold_weight|and more: give the same") as e:
-        check_resumable(Config(), saved, "last.pt")
+        check_resumable(Config(), saved, "last.pt", 0)
     assert str(e.value).count("--") == 5 + 2 and len(str(e.value)) < MESSAGE
 
 

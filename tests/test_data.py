@@ -173,11 +173,11 @@ BAD_RECORDS = {
     "split no text": (record(1, split=["train"]), "wanted one of train, val, test as 'split', got [\"train\"]"),
     "paired no truth value": (
         record(1, paired=1),
-        "wanted true (with as many negatives as positives) or false as 'paired', got 1",
+        "wanted true or false as 'paired', got 1",
     ),
     "paired but unequal": (
         record(1, paired=True, negatives=["x", "y"]),
-        "wanted true (with as many negatives as positives) or false as 'paired', got true",
+        'wanted as many negatives as positives in a \'paired\' group, got {"positives": 1, "negatives": 2}',
     ),
     "two splits": (
         record(1, input="in 0", split="val"),
