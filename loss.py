@@ -241,6 +241,7 @@ def toxic_only(pos, neg):
 
 # What --objective chooses. MODIFY HERE: one function and one line. A function gets what its arguments are named after:
 # pos, neg, base_pos and base_neg are scores, a setting's name is that setting (configs/__init__.py). -> a scalar.
+# `train.py --help` prints the remarks behind the names.
 # Left out: unlikelihood training (arXiv 1908.04319), which needs the log-probability of each token.
 OBJECTIVES = {
     "cp": cp,  # contrastive perplexity, Klein & Nabi 2025, arXiv 2401.08491: module docstring

@@ -2,7 +2,8 @@
 
 A method stands in the place of model.Rows: made of the model and the prompts of one call, it gives the logits of the
 next tokens, and is told what was drawn. At strength 0 each is the plain model, token for token. It is made of Rows, of
-demonstrations and of framed sentences, so this file lies above model.py and data/, not in engine/.
+demonstrations and of framed sentences, so this file lies above model.py and data/, not in engine/. Below the methods
+stands what eval.py needs of one: how it is opened, what it depends on, and what it costs.
 
 Nucleus: DExperts and Sasa give as `plain` the logits that the model has by itself, and `generate` draws what lies in
 the nucleus of those. So no token is said that the model finds implausible, however much the steering likes it.
