@@ -91,13 +91,12 @@ class Attention(nn.Module):
             # on the right and attention is causal, so that no real token sees padding.
             qkv = qkv.new_zeros(B * T, qkv.size(-1)).index_copy(0, index, qkv).view(B, T, -1)
         B, T, C3 = qkv.shape
-        q, k, v = qkv.view(B, T, 3, self.n_head, -1).unbind(2)  # each (B, T, nh, hs)
+        q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         if cache is not None:
-            kept, where, mask, shared = cache  # (B, Tmax, 2, nh, hs), its rows and columns, (B, 1, T, Tk), see _attend
-            kept[where] = qkv.view(B, T, 3, self.n_head, -1)[:, :, 1:].to(kept.dtype)
-            k, v = kept[:, : mask.size(-1)].unbind(2)
-        y = _attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, shared)
-        y = y.transpose(1, 2).reshape(B, T, C3 // 3)
+            kept, (rows, columns), mask, shared = cache  # (2, B, nh, Tmax, hs), (B, T) both, (B, 1, T, Tk), see _attend
+            kept[:, rows, :, columns] = qkv.view(B, T, 3, self.n_head, -1)[:, :, 1:].to(kept.dtype)
+            k, v = kept[:, :, :, : mask.size(-1)]
+        y = _attend(q, k, v, mask, shared).transpose(1, 2).reshape(B, T, C3 // 3)
         return self.c_proj(y if pack is None else y.view(B * T, -1).index_select(0, index))
 
 
@@ -117,12 +116,20 @@ def packed_attention(device, width):
 def _attend(q, k, v, mask, shared):
     """Attention over (B, nh, T, hs), causal if there is no mask (B, 1, Tq, Tk). `shared` holds the keys and values,
     (nh, Tp, hs) each, of a prefix that all rows have before their own."""
-    if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):  # half precision would take three times as long
-        with torch.autocast("cpu", enabled=False):
-            return _attend(q.float(), k.float(), v.float(), mask, shared)
     if shared:
         return _attend_shared(q, k, v, mask, *shared)
+    if q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and mask is None:
+        return _attend_by_products(q, k, v)  # the backward pass of torch's own takes eight times as long
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
+
+
+def _attend_by_products(q, k, v):
+    """Causal attention over (B, nh, T, hs), with all T x T probabilities at once."""
+    B, nh, T, hs = q.shape
+    q, k, v = (x.reshape(B * nh, T, hs) for x in (q, k, v))
+    causal = q.new_full((T, T), -math.inf).triu(1)
+    p = torch.baddbmm(causal, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs)).softmax(-1)
+    return (p @ v).view(B, nh, T, hs)
 
 
 def _attend_shared(q, k, v, mask, keys, values):
@@ -347,7 +354,7 @@ class GPT(nn.Module):
     def read_prefix(self, tokens):
         """What `generate` needs of T tokens that many prompts begin with: keys and values, [(k, v)] of (nh, T, hs)."""
         rows = Rows(self, torch.tensor([tokens], device=self.device), torch.tensor([len(tokens)]), 0)
-        return [tuple(kept[0, : len(tokens)].permute(1, 2, 0, 3)) for kept, _ in rows.caches]
+        return [tuple(kept[:, 0, :, : len(tokens)]) for kept, _ in rows.caches]
 
     def _cast(self, dtype):
         """A copy that shares all but the weights of the blocks' matrices: autocast casts a frozen one at every use."""
@@ -382,7 +389,7 @@ class GPT(nn.Module):
 
 class Rows:
     """R = B * samples rows that a model continues side by side. `h` (R, C) are the hidden states of their last tokens;
-    caches, one a block, hold keys and values (R, Tmax, 2, nh, hs) and the block's part of the prefix or None."""
+    caches, one a block, hold keys and values (2, R, nh, Tmax, hs) and the block's part of the prefix or None."""
 
     plain = None  # of a method that steers: the logits (R, V) whose nucleus is drawn from
 
@@ -394,15 +401,15 @@ class Rows:
             raise ValueError(f"lengths must be ({B},) in 1..{T}, got {lengths.tolist()}")
         self.weight, self.width, self.V = head.cast_weight(model.lm_head.weight), T, c.vocab_size
         self.net, lengths = model._cast(self.weight.dtype), lengths.to(device)
-        shape = (B, -(-(T + room + spare) // 16) * 16, 2, c.n_head, c.n_embd // c.n_head)  # a GPU reads masks by 16
-        dtype = torch.float32 if device.type == "cpu" else self.weight.dtype  # as _attend computes
-        self.caches = [(torch.zeros(shape, dtype=dtype, device=device), p) for p in prefix or [None] * c.n_layer]
+        longest = -(-(T + room + spare) // 16) * 16  # a GPU reads masks by 16
+        kept = self.weight.new_zeros(2, B, c.n_head, longest, c.n_embd // c.n_head)
+        self.caches = [(kept.clone(), part) for part in prefix or [None] * c.n_layer]
         at = torch.arange(T, device=device).expand(B, T)
         h = self._hidden(idx, at, at, T)
         self.h, self.lengths = h[torch.arange(B, device=device), lengths - 1], lengths
         if samples > 1:
             self.h, self.lengths = (x.repeat_interleave(samples, 0) for x in (self.h, lengths))
-            self.caches = [(kept.repeat_interleave(samples, 0), part) for kept, part in self.caches]
+            self.caches = [(kept.repeat_interleave(samples, 1), part) for kept, part in self.caches]
 
     def logits(self):
         """Of the next tokens, fp32 (R, V)."""
@@ -422,7 +429,7 @@ class Rows:
     def _hidden(self, idx, at, own, width):
         """Hidden states of tokens idx at positions `at`, kept in columns `own`, (B, T) each, of the first `width`."""
         kept, prefix = self.caches[0]
-        column = torch.arange(kept.size(1), device=idx.device)
+        column = torch.arange(kept.size(3), device=idx.device)
         hide = (column >= at[:, None, :, None]) & (column != own[:, None, :, None])  # all but its past and itself
         mask = torch.where(hide, -math.inf, 0.0).to(kept.dtype)[..., :width]  # (B, 1, T, width)
         where = torch.arange(len(idx), device=idx.device)[:, None], own

@@ -330,6 +330,36 @@ def test_nll_is_exact_in_bf16():
     assert ratio > 4, f"bf16 logits are only {ratio:.1f} times worse than ours"
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_nll_of_one_half_precision_product(monkeypatch, keep):
+    """Near the exact values for targets as likely as can be and far less likely than a float can say, each row with
+    another level of its logits, in one block or several; and the softmax that is kept for the backward pass."""
+    V, C = 50, 32
+    g = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, C, generator=g)
+    h = torch.randn(40, C, generator=g) * torch.tensor([0.3, 1.0, 3.0, 30.0]).repeat(10)[:, None]
+    weight[:, 0], h[:, 0] = 8.0, torch.linspace(-12, 4, 40)  # levels from -96 to 32
+    weight, h, target = weight.bfloat16(), h.bfloat16(), torch.randint(V, (40,), generator=g)
+    monkeypatch.setattr(head, "CHUNK", 7 * V)
+    p = torch.empty(40, V, dtype=torch.bfloat16) if keep else None
+    exact = (h.double() @ weight.double().t()).log_softmax(-1)
+    target[::3] = exact[::3].argmax(1)
+    want, got = -exact.gather(1, target[:, None])[:, 0], head._losses(h, weight, target, None, V, p)
+    assert got.dtype == torch.float32 and want.max() > 200 and want.min() < 1e-3
+    assert ((got - want).abs() < 0.004 + 0.004 * want).all()
+    assert not keep or (p.double() - exact.exp()).abs().max() < 0.02
+
+
+def test_attention_by_products_is_torch_s():
+    q, k, v = (torch.randn(3, 2, 9, 4, requires_grad=True) for _ in range(3))
+    by = torch.randn(3, 2, 9, 4)
+    want = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    got = model._attend_by_products(q, k, v)
+    assert max_diff(got, want) < 1e-6
+    for a, b in zip(*(torch.autograd.grad((by * y).sum(), (q, k, v)) for y in (got, want)), strict=True):
+        assert max_diff(a, b) < 1e-6
+
+
 def plain_nll_of(logits, idx, lengths):
     """Mean NLL of logits (B, T, V) in their own dtype, as a careless scorer computes it."""
     nll = -logits.log_softmax(-1)[:, :-1].gather(2, idx[:, 1:, None])[..., 0].float()
