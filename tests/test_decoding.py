@@ -195,6 +195,7 @@ def test_half_precision_is_close(net, experts, name):
             got = rows.logits()
             rows.advance(got.argmax(-1))
             assert rows.logits().isfinite().all()
+    got, want = got.log_softmax(-1), want.log_softmax(-1)  # logits may differ by a constant
     assert 0 < (got - want).abs().mean() < 0.1 * want.std()
 
 
