@@ -1,6 +1,7 @@
 """The output head: log-probabilities over a large vocabulary, exact enough for perplexities, in bounded memory.
 
-Shapes: N positions, C channels, V vocabulary. Logits exist for a chunk of positions at a time, never for all N.
+Shapes: N positions, C channels, V vocabulary. Of N x V numbers at most KEEP exist at a time, for the backward pass;
+without one, logits exist for a chunk of positions at a time.
 """
 
 import torch
