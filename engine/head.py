@@ -49,7 +49,7 @@ def fp32_logits(h, weight):
 def logits_about(level, h, weight, out=None):
     """h @ weight.T minus level (N, 1), (N, V) in half precision. It is this difference that is rounded: near the level
     one product is nearly exact."""
-    return torch.addmm(-level.expand(-1, len(weight)), h, weight.t(), out=out)
+    return torch.addmm((-level).expand(-1, len(weight)), h, weight.t(), out=out)
 
 
 def rounded(tensor):
