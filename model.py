@@ -402,9 +402,8 @@ class Rows:
         self.weight, self.width, self.V = head.cast_weight(model.lm_head.weight), T, c.vocab_size
         self.net, lengths = model._cast(self.weight.dtype), lengths.to(device)
         self.mean = model.lm_head.weight.mean(0) if head.rounded(self.weight) else None
-        longest = -(-(T + room + spare) // 16) * 16  # a GPU reads masks by 16
-        kept = self.weight.new_zeros(2, B, c.n_head, longest, c.n_embd // c.n_head)
-        self.caches = [(kept.clone(), part) for part in prefix or [None] * c.n_layer]
+        shape = (2, B, c.n_head, -(-(T + room + spare) // 16) * 16, c.n_embd // c.n_head)  # a GPU reads masks by 16
+        self.caches = [(self.weight.new_zeros(shape), part) for part in prefix or [None] * c.n_layer]
         at = torch.arange(T, device=device).expand(B, T)
         h = self._hidden(idx, at, at, T)
         self.h, self.lengths = h[torch.arange(B, device=device), lengths - 1], lengths

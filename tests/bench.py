@@ -11,8 +11,7 @@ Weights are random, of GPT-2's size and the same on both sides. Losses and task 
 
 Of the matrix rate, the speed of one large product, a side reaches the share that these operations make up: 2 per
 weight of the blocks for a token that is read, 2 per weight of the output head for one that is scored or drawn. A
-training step takes three times as many, and in half precision 2 more in the head, whose logits are computed twice to
-be exact. What many rows begin with could be read once and counts once, on both sides.
+training step takes three times as many. What many rows begin with could be read once and counts once, on both sides.
 """
 
 import argparse
@@ -94,7 +93,7 @@ def step_ours(s, dtype, objective, model=None):
     batch = data.Batch(["random"] * config.batch_size, idx, lengths, weight=1)
     setup, scaler = Setup({}, None, None, CPU, dtype), torch.amp.GradScaler("cpu", enabled=False)
     run = train.Run(config, None, setup, model, None, train.make_optimizer(model, config), scaler, None, None, None)
-    operations = 3 * flop(model, batch.tokens, batch.tokens) + (dtype != FP32) * flop(model, 0, batch.tokens)
+    operations = 3 * flop(model, batch.tokens, batch.tokens)
 
     def one():
         loss = train.backward(run, [batch])["loss"]

@@ -351,7 +351,7 @@ def test_nll_of_one_half_precision_product(monkeypatch, keep):
 
 
 def test_logits_in_half_precision_while_sampling():
-    """Raw logits near -70, in bf16: up to a constant those of fp32, and near the likeliest to a hundredth."""
+    """Raw logits near -70, in bf16: up to a constant those of fp32, and near the likeliest to a few hundredths."""
     net = tiny(GPTConfig(vocab_size=500, n_positions=64, n_embd=64, n_layer=2, n_head=2), std=0.1)
     with torch.no_grad():
         net.transformer.wte.weight.normal_()
