@@ -11,16 +11,15 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
-from engine import head
-from engine.weights import copy_weights, cut_vocabulary, load_weights, save_folder
+from engine import attention, head
+from engine.sampling import sample
+from engine.weights import Uninitialised, copy_weights, cut_vocabulary, load_weights, save_folder
 
 
 @dataclass
@@ -93,57 +92,11 @@ class Attention(nn.Module):
         B, T, C3 = qkv.shape
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         if cache is not None:
-            kept, (rows, columns), mask, shared = cache  # (2, B, nh, Tmax, hs), (B, T) both, (B, 1, T, Tk), see _attend
+            kept, (rows, columns), mask, shared = cache  # (2, B, nh, Tmax, hs), (B, T) both, and as `attend` has them
             kept[:, rows, :, columns] = qkv.view(B, T, 3, self.n_head, -1)[:, :, 1:].to(kept.dtype)
             k, v = kept[:, :, :, : mask.size(-1)]
-        y = _attend(q, k, v, mask, shared).transpose(1, 2).reshape(B, T, C3 // 3)
+        y = attention.attend(q, k, v, mask, shared).transpose(1, 2).reshape(B, T, C3 // 3)
         return self.c_proj(y if pack is None else y.view(B * T, -1).index_select(0, index))
-
-
-@lru_cache
-def packed_attention(device, width):
-    """torch's attention over packed rows, for half precision and heads of this width, or None where it is missing: it
-    is there on CUDA from sm80 on, for widths that are multiples of 8 up to 256."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0) or width % 8 or width > 256:
-        return None
-    try:
-        from torch.nn.attention.varlen import varlen_attn  # late: it takes a second
-    except ImportError:
-        return None
-    return varlen_attn
-
-
-def _attend(q, k, v, mask, shared):
-    """Attention over (B, nh, T, hs), causal if there is no mask (B, 1, Tq, Tk). `shared` holds the keys and values,
-    (nh, Tp, hs) each, of a prefix that all rows have before their own."""
-    if shared:
-        return _attend_shared(q, k, v, mask, *shared)
-    if q.is_cpu and q.dtype == torch.bfloat16 and torch.is_grad_enabled() and mask is None:
-        return _attend_by_products(q, k, v)  # the backward pass of torch's own takes eight times as long
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
-
-
-def _attend_by_products(q, k, v):
-    """Causal attention over (B, nh, T, hs), with all T x T probabilities at once."""
-    B, nh, T, hs = q.shape
-    q, k, v = (x.reshape(B * nh, T, hs) for x in (q, k, v))
-    causal = q.new_full((T, T), -math.inf).triu(1)
-    p = torch.baddbmm(causal, q, k.transpose(1, 2), alpha=1 / math.sqrt(hs)).softmax(-1)
-    return (p @ v).view(B, nh, T, hs)
-
-
-def _attend_shared(q, k, v, mask, keys, values):
-    """Attention to a shared prefix and to the row's own past: the rows are so many queries in one product with the
-    prefix, which is neither copied nor read once per row."""
-    B, nh, T, hs = q.shape
-    keys, values, q = keys.to(q.dtype), values.to(q.dtype), q / math.sqrt(hs)
-    flat = q.transpose(0, 1).reshape(nh, B * T, hs)
-    before = (flat @ keys.transpose(1, 2)).view(nh, B, T, -1).transpose(0, 1)  # (B, nh, T, Tp)
-    own = q @ k.transpose(2, 3) + mask  # (B, nh, T, Tk)
-    p = torch.cat([before, own], -1).softmax(-1, dtype=torch.float32).to(q.dtype)
-    before, own = p.split([keys.size(1), k.size(2)], -1)
-    y = (before.transpose(0, 1).reshape(nh, B * T, -1) @ values).view(nh, B, T, hs).transpose(0, 1)
-    return y + own @ v
 
 
 class MLP(nn.Module):
@@ -265,7 +218,7 @@ class GPT(nn.Module):
         flat = torch.cat([rows, cols, keep, sizes, cu_seqlens])  # in one copy, pinned so that nothing waits for it
         flat = (flat.pin_memory() if idx.is_cuda else flat).to(idx.device, non_blocking=True)
         rows, cols, keep, count, cu_seqlens = flat.split([len(rows), len(rows), len(keep), B, B + 1])
-        attend = packed_attention(idx.device, self.config.n_embd // self.config.n_head)
+        attend = attention.packed(idx.device, self.config.n_embd // self.config.n_head)
         hidden = self.compiled_hidden if self.compiled_hidden and torch.is_grad_enabled() else self.hidden
         h = hidden(idx[rows, cols], cols, Pack(rows * T + cols, B, T, None, attend, cu_seqlens.int()))
         if len(keep) < len(h):
@@ -326,7 +279,7 @@ class GPT(nn.Module):
         temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. A row stops at its stop_token, one
         id or several. A prompt is computed once for all its samples, behind what `prefix` (see `read_prefix`) holds.
         Random numbers are drawn row by row from `generator` (on the CPU), so that rows in a batch of B or in B batches
-        of one, on any device, see the same. Or `generator` is a tensor of them (R, max_new_tokens, 4): see `_sample`.
+        of one, on any device, see the same. Or `generator` is a tensor of them (R, max_new_tokens, 4), see `sample`.
         `steer`, a method of measures/decoding.py, stands in for `Rows`; top_p may then be of other logits, its `plain`.
         Returns tokens (R, max_new_tokens) int64, R = B * samples, and (R,), how many of them are real, the stop token
         included. Raises ValueError if prompt and continuation do not fit the context.
@@ -342,7 +295,7 @@ class GPT(nn.Module):
         running, count = torch.ones(R, dtype=torch.bool, device=device), tokens.new_zeros(R)
         ends[[] if stop_token is None else stop_token] = True
         for i in range(max_new_tokens):
-            token = _sample(rows.logits(), temperature, top_k, top_p, noise[:, i], rows.plain)
+            token = sample(rows.logits(), temperature, top_k, top_p, noise[:, i], rows.plain)
             tokens[:, i] = token * running
             count, running = count + running, running & ~ends[token]
             if i == max_new_tokens - 1 or ((idx.is_cpu or i % 8 == 7) and not running.any()):  # to look is to wait
@@ -446,58 +399,7 @@ class Rows:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Uninitialised(TorchFunctionMode):
-    """Leaves out normal_: on the meta device its first call imports for two seconds."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
-
-
 def row_sums(values, rows, n):
     """Sums (n,) of the values (N,) of each row, in double precision: no sum shall depend on batching."""
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
     return torch.zeros(n, dtype=dtype, device=values.device).index_add(0, rows, values.to(dtype))
-
-
-def _sample(logits, temperature, top_k, top_p, noise, plain=None):
-    """One token per row of logits (B, V) fp32, from uniform noise (B, R) -> (B,). The nucleus is that of `plain`, other
-    logits, if these are given.
-
-    The nucleus is the smallest set of tokens whose mass reaches top_p. A token belongs to it if all likelier ones
-    together weigh less than top_p; so draw from the whole distribution and draw again what falls outside. That sorts
-    nothing: 50,000 numbers a row are slow to sort. Rows without luck in R draws are sorted after all.
-    """
-    if temperature == 0:
-        return logits.argmax(-1)
-    probs = (logits / temperature if temperature != 1 else logits).softmax(-1)
-    if top_k:
-        probs = probs.masked_fill(probs < probs.topk(min(top_k, probs.size(-1))).values[:, -1:], 0.0)
-        probs = probs / probs.sum(-1, keepdim=True)
-    cdf = probs.cumsum(-1)
-    at = noise * cdf[:, -1:]
-    drawn = torch.searchsorted(cdf, at, right=True).clamp_(max=probs.size(-1) - 1)  # (B, R)
-    token = drawn[:, 0].clone()
-    if top_p >= 1:
-        return token
-    likely = probs if plain is None else (plain / temperature).softmax(-1)
-    weigh = lambda x, p: torch.gt(x, p[:, None], out=torch.empty_like(x)).mul_(x).sum(-1)  # twice as fast as a mask
-    beyond = lambda x, tokens: torch.stack([weigh(x, p) >= top_p for p in x.gather(1, tokens).unbind(1)], 1)
-    left = beyond(likely, drawn[:, :1])[:, 0].nonzero()[:, 0]  # a GPU is waited for here and once more
-    outside = beyond(likely[left], drawn[left, 1:])
-    token[left] = drawn[left, 1:].gather(1, outside.int().argmin(1, keepdim=True))[:, 0]  # the first one inside
-    left = left[outside.all(1)]
-    if not len(left):
-        return token
-    likely, cdf, last, at = likely[left], cdf[left], drawn[left, -1:], at[left, -1:]
-    ranked, order = likely.sort(-1, descending=True)
-    mass = ranked.cumsum(-1)
-    size = ((mass - ranked) < top_p).sum(-1, keepdim=True).clamp_(min=1)
-    # The last draw as a new number: where it fell in the mass outside, for nothing more is known of it.
-    rest = probs[left].masked_fill(likely >= ranked.gather(1, size - 1), 0.0).cumsum(-1)
-    u = (rest.gather(1, last) - cdf.gather(1, last) + at) / rest[:, -1:]
-    if plain is not None:  # from logits: inside, the mass may be too small for a float
-        inside = torch.arange(ranked.size(-1), device=ranked.device) < size
-        mass = (logits[left] / temperature).gather(1, order).masked_fill(~inside, -math.inf).softmax(-1).cumsum(-1)
-    pick = torch.searchsorted(mass, u.clamp(0, 1) * mass.gather(1, size - 1), right=True).minimum(size - 1)
-    token[left] = order.gather(1, pick)[:, 0]
-    return token

@@ -19,6 +19,8 @@ import zipfile
 from pathlib import Path
 
 import torch
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
 
 from engine.run import atomic_write, first_line, read_json
 
@@ -94,6 +96,13 @@ def cut_vocabulary(shape, tensors, vocab_size, source):
     print(f"note         {source}: its vocabulary of {shape['vocab_size']} is cut to {vocab_size}: the rest is padding")
     cut = {k: tensors[k][:vocab_size] for k in ("transformer.wte.weight", "lm_head.weight") if k in tensors}
     return shape | {"vocab_size": vocab_size}, tensors | cut
+
+
+class Uninitialised(TorchFunctionMode):
+    """Leaves out normal_: on the meta device its first call imports for two seconds."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return kwargs["tensor"] if func is nn.init.normal_ else func(*args, **(kwargs or {}))
 
 
 def copy_weights(model, tensors, source):

@@ -41,7 +41,7 @@ from torch.profiler import ProfilerActivity, profile
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-import model as network
+import engine.attention
 from engine import head
 from engine.device import amp, keep_freed_memory, pick_device
 from loss import contrastive_perplexity, language_modelling
@@ -446,7 +446,7 @@ def step(s, out):
     out["matrix rate"] = dict(tflops=s.rate / 1e12)
     idx, lengths = sentences(G * (P + N), 8, 40, s.config().vocab_size)
     tokens, T = int((lengths - 1).sum()), float(lengths.float().mean())
-    out["attention over packed rows"] = str(bool(network.packed_attention(s.device, 64)))
+    out["attention over packed rows"] = str(bool(engine.attention.packed(s.device, 64)))
     for name in (*SHAPES, "LoRA", "rectangle", "transformers"):
         config = s.config(name if name in SHAPES else "gpt2")
         if name == "transformers":
@@ -458,7 +458,7 @@ def step(s, out):
                 model.add_lora(8, 16.0)
             loss = lambda m=model: contrast(m.sequence_nll(idx.to(s.device, non_blocking=True), lengths))  # noqa: E731
             run = stepper(s, model, loss)
-        rectangle = patch.object(network, "packed_attention", lambda device, width: None)
+        rectangle = patch.object(engine.attention, "packed", lambda device, width: None)
         with rectangle if name == "rectangle" else nullcontext():
             out[name] = rated(s, run, tokens, T, config)
         if name in ("gpt2", "transformers"):

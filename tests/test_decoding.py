@@ -13,8 +13,9 @@ from test_model import LONG, prompts, tiny
 
 import data
 from configs import Config
+from engine.sampling import sample
 from measures.decoding import DExperts, Reversal, Sasa, fit_margin, make_steering, prefixes
-from model import GPT, GPTConfig, Rows, _sample
+from model import GPT, GPTConfig, Rows
 
 END = 60  # the last token of LONG's vocabulary
 TOXIC, NEUTRAL = [END, 7, 8, 9, 10], [END, 11, 12]
@@ -212,7 +213,7 @@ def test_the_nucleus_is_of_the_plain_logits(top_p):
         shifted = torch.where(inside, shifted, shifted + (scale > 1) * scale)
         want = shifted.masked_fill(~inside, -math.inf).softmax(0)
         u = torch.rand(20_000, 4, generator=g)
-        drawn = _sample(shifted.expand(20_000, -1), 1.0, 0, top_p, u, plain.expand(20_000, -1))
+        drawn = sample(shifted.expand(20_000, -1), 1.0, 0, top_p, u, plain.expand(20_000, -1))
         got = torch.bincount(drawn, minlength=30) / 20_000
         assert not got[~inside].any() and (got - want).abs().max() < 4 * 0.5 / 20_000**0.5
 

@@ -12,8 +12,9 @@ from torch.utils._pytree import tree_leaves
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import model
-from engine import head, weights
-from model import GPT, GPTConfig, _sample
+from engine import attention, head, weights
+from engine.sampling import sample
+from model import GPT, GPTConfig
 
 BASE_MINI = Path(__file__).resolve().parents[2] / "shared" / "base_mini"
 EOT = 36  # <|endoftext|> of the tiny models below: the last token, as in GPT-2
@@ -371,7 +372,7 @@ def test_attention_by_products_is_torch_s():
     q, k, v = (torch.randn(3, 2, 9, 4, requires_grad=True) for _ in range(3))
     by = torch.randn(3, 2, 9, 4)
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    got = model._attend_by_products(q, k, v)
+    got = attention._by_products(q, k, v)
     assert max_diff(got, want) < 1e-6
     for a, b in zip(*(torch.autograd.grad((by * y).sum(), (q, k, v)) for y in (got, want)), strict=True):
         assert max_diff(a, b) < 1e-6
@@ -447,7 +448,7 @@ def test_attention_over_packed_rows_is_attention_over_the_rectangle(monkeypatch)
 
     want, exact, calls = measured(), net.sequence_nll(idx, lengths), []
     note = lambda *args, **kwargs: calls.append(1) or one_row_after_another(*args, **kwargs)
-    monkeypatch.setattr(model, "packed_attention", lambda device, width: note if width == 8 else None)
+    monkeypatch.setattr(attention, "packed", lambda device, width: note if width == 8 else None)
     got = measured()
     assert len(calls) == TINY.n_layer
     assert max_diff(got[0], want[0]) < 0.02
@@ -459,7 +460,7 @@ def test_attention_over_packed_rows_is_attention_over_the_rectangle(monkeypatch)
 def test_where_attention_over_packed_rows_is_taken(monkeypatch):
     """On CUDA from sm80 on, and for widths of a head that its kernels have; they raise an error on others."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    packed, cuda = model.packed_attention.__wrapped__, torch.device("cuda")
+    packed, cuda = attention.packed.__wrapped__, torch.device("cuda")
     assert all(packed(cuda, width) for width in (8, 64, 256))
     assert not any(packed(cuda, width) for width in (6, 12, 264)) and packed(torch.device("cpu"), 64) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
@@ -748,7 +749,7 @@ def drawn(logits, n, **how):
     """Frequencies of n draws, with four numbers of noise each as `generate` has them."""
     how = dict(temperature=1.0, top_k=0, top_p=1.0) | how
     noise = torch.rand(n, 4, generator=torch.Generator().manual_seed(1)).split(2000)
-    tokens = torch.cat([_sample(logits.expand(len(u), -1), **how, noise=u) for u in noise])
+    tokens = torch.cat([sample(logits.expand(len(u), -1), **how, noise=u) for u in noise])
     return torch.bincount(tokens, minlength=len(logits)).double() / n
 
 
@@ -810,7 +811,7 @@ class Reads(TorchDispatchMode):
 def test_sample_hardly_waits(top_p, most):
     logits, noise = torch.randn(300, 50), torch.rand(300, 4)
     with Reads() as reads:
-        _sample(logits, 0.9, 0, top_p, noise)
+        sample(logits, 0.9, 0, top_p, noise)
     assert reads.n == most
 
 
@@ -819,8 +820,8 @@ def test_sample_rows_are_independent():
     g = torch.Generator().manual_seed(2)
     logits = torch.randn(6, 5000, generator=g) * torch.tensor([5, 0.1, 3, 0.01, 0.5, 8])[:, None]
     noise = torch.rand(6, 4, generator=g)
-    alone = [_sample(logits[b : b + 1], 1.0, 0, 0.95, noise[b : b + 1]).item() for b in range(6)]
-    assert _sample(logits, 1.0, 0, 0.95, noise).tolist() == alone
+    alone = [sample(logits[b : b + 1], 1.0, 0, 0.95, noise[b : b + 1]).item() for b in range(6)]
+    assert sample(logits, 1.0, 0, 0.95, noise).tolist() == alone
 
 
 @pytest.mark.parametrize("noise", [0.0, 1 - 2**-24])
@@ -832,7 +833,7 @@ def test_sample_at_the_ends_of_the_noise(noise, top_p):
     """
     logits = torch.tensor([[0.2, 0.4, 0.1, 0.3]]).log()
     want = {0.5: 1, 1.0: 0}[top_p] if noise == 0 else 3
-    assert _sample(logits, 1.0, 0, top_p, torch.full((1, 4), noise)).item() == want
+    assert sample(logits, 1.0, 0, top_p, torch.full((1, 4), noise)).item() == want
 
 
 @pytest.mark.parametrize("sampling", [dict(top_p=0.8), dict(top_k=5), dict(temperature=0)])
