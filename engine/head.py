@@ -10,6 +10,7 @@ from torch.nn import functional as F
 CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, whatever N and V are
 KEEP = 2**27  # numbers (N x V) kept for the backward pass; of more positions than that they are computed again
 LARGER = {"cuda": 8}  # CHUNK and KEEP are so many times as large there
+SLICE = 1024  # of the vocabulary, in one fp32 product on a CPU
 ALIGN = {"cuda": 64}  # rows of the weights, see cast_weight
 
 
@@ -40,6 +41,11 @@ def fp32_logits(h, weight):
     """
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, weight.t(), out_dtype=torch.float32)
+    if h.is_cpu and h.dtype == torch.float32:  # all at once reaches half of the rate
+        logits = h.new_empty(len(h), len(weight))
+        for part, rows in zip(logits.split(SLICE, 1), weight.split(SLICE), strict=True):
+            torch.mm(h, rows.t(), out=part)
+        return logits
     logits = h @ weight.t()
     if h.dtype == torch.float32:
         return logits

@@ -368,6 +368,11 @@ def test_logits_in_half_precision_while_sampling():
     assert near.sum() > 3 and 0 < max_diff(got[near], want[near]) < 0.05 < max_diff(exact.bfloat16(), exact)
 
 
+def test_logits_in_slices_of_the_vocabulary():
+    h, weight = torch.randn(3, 8), torch.randn(2 * head.SLICE + 1, 8)
+    assert max_diff(head.fp32_logits(h, weight), h @ weight.t()) < 1e-5
+
+
 def test_attention_by_products_is_torch_s():
     q, k, v = (torch.randn(3, 2, 9, 4, requires_grad=True) for _ in range(3))
     by = torch.randn(3, 2, 9, 4)
