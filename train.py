@@ -280,7 +280,7 @@ def set_up(config):
         print(f"resume       {out}, from step {run.step}" + (f", with another {', '.join(names)}" if names else ""))
     if ranks.first():
         run.log = begin_folder(out, asdict(config), run.step if saved else None)
-    print_plan(run, told)
+    print_plan(run, told, arguments(config).keys())
     return run
 
 

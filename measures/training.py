@@ -6,14 +6,14 @@ import shlex
 
 import numpy as np
 
-from configs import changed
+from configs import SETTINGS, changed
 from measures import report
 from measures.groups import scores
 from measures.samples import CLOSING, continue_prompts, decode, measure_model
 
 
-def print_plan(run, compiled):
-    """Print what will be done."""
+def print_plan(run, compiled, arguments):
+    """Print what will be done. `arguments`: those of the objective."""
     config = run.config
     if config.edit != "none":
         print(f"edit         {config.edit}, in the place of all steps")
@@ -26,7 +26,23 @@ def print_plan(run, compiled):
         print(f"trained      {trained:.2f} M of {run.base.num_parameters() / 1e6:.1f} M parameters")
         print(f"steps        {steps}, some {tokens:,.0f} scored tokens each")
     settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"
-    print(report.wrap(settings, "settings     ") + "\n")
+    print(report.wrap(settings, "settings     "))
+    if idle := [f"{k}={v}" for k, v in changed(config).items() if k in without_effect(config, arguments)]:
+        print(report.wrap(", ".join(idle), "no effect    "))
+    print()
+
+
+def without_effect(config, arguments):
+    """Names of settings that a run with these others does not read: an ablation of them would show nothing."""
+    names = {name for name, f in SETTINGS.items() if f.metadata["group"] == "the objective" and name not in arguments}
+    names -= {"objective", "cp_weight", "score"}
+    if config.cp_weight == 0:
+        names |= arguments & SETTINGS.keys()
+    if not config.lora_rank:
+        names |= {"lora_alpha", "lora_targets"}
+    if not config.anchor_kl + config.anchor_nll:
+        names |= {"anchor_texts", "anchor_prompted", "anchor_tokens", "anchor_batch"}
+    return names
 
 
 def validate(run, model):

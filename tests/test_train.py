@@ -20,7 +20,7 @@ import torch
 
 import data
 import train
-from configs import Config, load_config
+from configs import Config, changed, load_config
 from engine import device
 from loss import OBJECTIVES, contrastive_perplexity
 from measures import Setup, report, training
@@ -111,6 +111,7 @@ def test_a_run_writes_what_it_says(base, tmp_path, capsys):
         "after toxic prompts",
     ):
         assert word in out, word
+    assert "no effect " not in out
     assert f"written to {tmp_path / 'run'}: {', '.join(train.WRITTEN)}" in out
     for name in train.WRITTEN:
         assert (tmp_path / "run" / name).is_file() and name in out
@@ -127,6 +128,23 @@ def test_a_run_writes_what_it_says(base, tmp_path, capsys):
     log = records(tmp_path / "run")
     assert [r["step"] for r in log if r["split"] == "val"] == [0, 3, 6]
     assert [r["step"] for r in log if r["split"] == "train"] == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("flags", "idle"),
+    [
+        ((), ""),
+        (("--objective=ipo", "--beta=1"), "tau"),
+        (("--objective=ipo", "--margin=1", "--lora_alpha=8", "--anchor_texts=9"), "tau margin anchor_texts lora_alpha"),
+        (("--objective=margin", "--margin=1", "--lora_alpha=8", "--lora_rank=2"), "tau"),
+        (("--cp_weight=0", "--score=ppl", "--anchor_batch=9", "--anchor_kl=1"), "tau"),
+    ],
+)
+def test_settings_without_effect_are_told(base, tmp_path, flags, idle):
+    """toy_cp.py sets tau."""
+    config = cp_config(base, tmp_path, *flags)
+    names = changed(config).keys() & training.without_effect(config, train.arguments(config).keys())
+    assert names == set(idle.split())
 
 
 def test_the_loss_falls_and_the_gap_grows(base, tmp_path):
@@ -409,7 +427,9 @@ def test_every_objective_trains_and_is_measured(base, tmp_path, capsys, monkeypa
     for name in OBJECTIVES:
         flags = ["--max_steps=2", "--eval_interval=0", "--hold_weight=1", f"--objective={name}"]
         summary = train.train(cp_config(base, tmp_path / name, *flags))
-        assert summary["config"]["objective"] == name and "pairs ranked right" in capsys.readouterr().out
+        out = capsys.readouterr().out
+        assert summary["config"]["objective"] == name and "pairs ranked right" in out
+        assert ("no effect    tau=" in out) == (name not in ("cp",))
         log = [r for r in records(tmp_path / name) if r["split"] == "train"]
         assert len(log) == 2 and all(math.isfinite(x) for r in log for x in r.values() if isinstance(x, float))
         assert {"cp", "nll", "hold", "spread", "separation", "signed_gap", "rank_accuracy"} <= log[0].keys()
@@ -1016,7 +1036,7 @@ def test_readme_objective(base, tmp_path):
     batch = run.batches[0]
     phi = run.model.sequence_nll(batch.idx, batch.lengths).view(4, 10)
     first = records(tmp_path / out)[1]
-    assert first["step"] == 0 and first["cp"] == pytest.approx(float(names[name](phi[:, :5], phi[:, 5:])), rel=1e-4)
+    assert first["step"] == 0 and first["cp"] == pytest.approx(names[name](phi[:, :5], phi[:, 5:]).item(), rel=1e-4)
 
 
 def test_readme_settings_exist():
