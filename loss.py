@@ -1,4 +1,4 @@
-"""Every objective, as a pure function of sentence scores: no model, no files, no settings. Anchors: train.py.
+"""Every objective, as a pure function of sentence scores: no model, no files. Anchors: train.py.
 
 The paper's method comes first. Its rivals stand below it; OBJECTIVES, at the end, lists all with their sources.
 
@@ -59,7 +59,7 @@ def contrastive_perplexity(
         alpha: weight of the negatives, a factor for 'paper', added to a logit for 'released'; > 0.
         variant: 'paper' (module docstring) or 'released' (difference 3).
         distance: 'abs', or 'signed' for the negatives (difference 4).
-        detach_centroid: no gradient through the prototype (difference 5).
+        detach_centroid: no gradient through the centroid (difference 5).
         leave_one_out: a positive's distance is that from the mean of the *other* positives, which is P / (P - 1) times
             its distance from the mean of all: positives gather more closely, nothing else changes. P > 1.
 
@@ -141,20 +141,23 @@ def scaled(phi, tokens, score):
     return phi if score == "nll" else phi.exp() if score == "ppl" else phi * tokens
 
 
-def language_modelling(nll, tokens):
-    """Next-token loss: the mean over tokens. nll (B,) in nats per token, tokens (B,), the number scored -> ()."""
-    return (nll * tokens).sum() / tokens.sum()
+def token_mean(means, tokens):
+    """Mean over all tokens of rows, from their means per token (B,) and numbers of tokens (B,) -> (). Of nll it is the
+    next-token loss of language modelling."""
+    return (means * tokens).sum() / tokens.sum()
 
 
 # ---- rivals --------------------------------------------------------------------------------------------------------
 # Each takes scores pos (G, P) and neg (G, N), those of the frozen base where it compares with it, and gives a scalar:
-# the mean over all P x N pairs of a group, and over groups. A score is a negative log-probability. Against the base a
-# sentence has u = base - score, its log-probability minus that under the base. `gap` is score(negative) -
-# score(positive), and `gap of u` is u(positive) - u(negative), both of a pair: a good model has them large.
+# the mean over groups, and where it compares pairs, over all P x N of a group. A score is a negative log-probability.
+# Against the base a sentence has u = base - score, its log-probability minus that under the base. `gap` is
+# score(negative) - score(positive), and `gap of u` is u(positive) - u(negative), both of a pair: a good model has them
+# large.
 #
 # beta is 1 / (the gap at which the pull fades). A gap of mean nlls is a sentence's length smaller than one of sums, so
 # beta is as much larger: --score=sum --beta=0.1 --nll_weight=0 is DPO as published, --score=nll --beta=2 its form per
-# token. A beta of 0.1 on means never lets go, and wrecks the model. nll_weight, on by default, adds the positives' nll.
+# token. With a beta of 0.1 on means the pull hardly fades, which wrecks the model. nll_weight, on by default, adds the
+# positives' nll.
 
 
 def _gaps(pos, neg):
@@ -208,7 +211,7 @@ def simpo(pos, neg, beta=2.0, margin=0.5):
 
 
 def cpo(pos, neg, beta=2.0):
-    """-log sigmoid(beta * gap): DPO without a base. On sums. Its other term is nll_weight=1 (here per token)."""
+    """-log sigmoid(beta * gap): DPO without a base, published with --score=sum. Its other term is nll_weight=1."""
     return -F.logsigmoid(beta * _gaps(pos, neg)).mean()
 
 
@@ -235,7 +238,7 @@ def negative_only(pos, neg):
 
 
 def toxic_only(pos, neg):
-    """Mean score of the negatives: fine-tuning on toxic text. --edit=task_vector goes away from such a model."""
+    """Mean score of the negatives: fine-tuning on toxic text. --edit=task_vector subtracts what that taught."""
     return neg.mean()
 
 

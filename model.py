@@ -35,15 +35,27 @@ class GPTConfig:
 
 class Pack(NamedTuple):
     """Where N packed positions belong in B rows of T. `index` (N,) holds their places in the flattened rectangle. A
-    `mask` (B, 1, T, T) stands in for causal attention. `attend` is torch's attention over packed rows where it can be
-    had, and `cu_seqlens` (B + 1,) int32 what it takes: the packed positions at which the rows begin, and N."""
+    `mask` (B, 1, T, T) stands in for causal attention. `varlen`, without a mask, is torch's attention over packed rows
+    where it can be had, and `cu_seqlens` (B + 1,) int32 what it takes: where each row begins, and N."""
 
     index: torch.Tensor
     B: int
     T: int
     mask: torch.Tensor = None
-    attend: Callable = None
+    varlen: Callable = None
     cu_seqlens: torch.Tensor = None
+
+
+class Cache(NamedTuple):
+    """Of one block, while B rows are continued: the keys and values kv (2, B, nh, Tmax, hs); where those of the tokens
+    (B, T) that are read now go, rows and columns, broadcast to (B, T); the mask (B, 1, T, Tk), added to the scores of
+    the first Tk columns; and keys and values (nh, Tp, hs) of a prefix that all rows have, or None."""
+
+    kv: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    mask: torch.Tensor
+    prefix: tuple
 
 
 class States(NamedTuple):
@@ -79,12 +91,12 @@ class Attention(nn.Module):
 
     def forward(self, x, pack=None, cache=None):
         qkv = self.c_attn(x)
-        mask = shared = None
+        mask = prefix = None
         if pack is not None:
-            index, B, T, mask, attend, cu_seqlens = pack
-            if attend and qkv.dtype in (torch.float16, torch.bfloat16):
+            index, B, T, mask, varlen, cu_seqlens = pack
+            if varlen and qkv.dtype in (torch.float16, torch.bfloat16):
                 q, k, v = qkv.view(len(x), 3, self.n_head, -1).unbind(1)  # each (N, nh, hs)
-                y = attend(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0))  # nothing to the right: causal
+                y = varlen(q, k, v, cu_seqlens, cu_seqlens, T, T, window_size=(-1, 0))  # nothing to the right: causal
                 return self.c_proj(y.flatten(1))
             # Only attention needs the rectangle; all else works position by position, without padding. Rows are padded
             # on the right and attention is causal, so that no real token sees padding.
@@ -92,10 +104,10 @@ class Attention(nn.Module):
         B, T, C3 = qkv.shape
         q, k, v = qkv.view(B, T, 3, self.n_head, -1).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
         if cache is not None:
-            kept, (rows, columns), mask, shared = cache  # (2, B, nh, Tmax, hs), (B, T) both, and as `attend` has them
-            kept[:, rows, :, columns] = qkv.view(B, T, 3, self.n_head, -1)[:, :, 1:].to(kept.dtype)
-            k, v = kept[:, :, :, : mask.size(-1)]
-        y = attention.attend(q, k, v, mask, shared).transpose(1, 2).reshape(B, T, C3 // 3)
+            kv, rows, columns, mask, prefix = cache
+            kv[:, rows, :, columns] = qkv.view(B, T, 3, self.n_head, -1)[:, :, 1:].to(kv.dtype)
+            k, v = kv[:, :, :, : mask.size(-1)]
+        y = attention.attend(q, k, v, mask, prefix).transpose(1, 2).reshape(B, T, C3 // 3)
         return self.c_proj(y if pack is None else y.view(B * T, -1).index_select(0, index))
 
 
@@ -176,7 +188,7 @@ class GPT(nn.Module):
                 setattr(module, name, LoRA(linear, rank, alpha))
 
     def matrices(self):
-        """Weights and biases of the blocks' matrices: what autocast casts, and nothing else is computed with."""
+        """Weights and biases of the blocks' linear layers: those that autocast casts."""
         return [p for name, p in self.transformer.h.named_parameters() if ".ln_" not in name]
 
     def trained_state(self):
@@ -218,9 +230,9 @@ class GPT(nn.Module):
         flat = torch.cat([rows, cols, keep, sizes, cu_seqlens])  # in one copy, pinned so that nothing waits for it
         flat = (flat.pin_memory() if idx.is_cuda else flat).to(idx.device, non_blocking=True)
         rows, cols, keep, count, cu_seqlens = flat.split([len(rows), len(rows), len(keep), B, B + 1])
-        attend = attention.packed(idx.device, self.config.n_embd // self.config.n_head)
+        varlen = attention.varlen(idx.device, self.config.n_embd // self.config.n_head)
         hidden = self.compiled_hidden if self.compiled_hidden and torch.is_grad_enabled() else self.hidden
-        h = hidden(idx[rows, cols], cols, Pack(rows * T + cols, B, T, None, attend, cu_seqlens.int()))
+        h = hidden(idx[rows, cols], cols, Pack(rows * T + cols, B, T, None, varlen, cu_seqlens.int()))
         if len(keep) < len(h):
             h, rows, cols = (x.index_select(0, keep) for x in (h, rows, cols))
         return States(h, rows, idx[rows, cols + 1], count, sizes)
@@ -240,11 +252,11 @@ class GPT(nn.Module):
         """Score phi: the mean negative log-likelihood per scored token.
 
         idx (B, T) int64 holds framed, right-padded rows `<|endoftext|> t_1 ... t_n <|endoftext|> pad...`, and lengths
-        (B,) their real lengths. All real tokens but the first are scored. The mask comes from lengths alone, so a
-        score changes neither with its neighbours nor with the amount or kind of padding. `start` (B,) scores only
+        (B,) their real lengths. All real tokens but the first are scored. The mask comes from lengths alone, so that
+        neighbours, and the amount and kind of padding, change no score by more than rounding. `start` (B,) scores only
         from that position on, for the perplexity of a continuation given its prompt.
 
-        Shape: (B,) nats, fp32. Memory does not grow with B * T * V, see engine/head.py. Keep lengths on the CPU: then
+        Shape: (B,) nats, fp32. Memory for logits is bounded, see engine/head.py. Keep lengths on the CPU: then
         nothing waits for the GPU. Raises ValueError on impossible lengths.
         """
         return self.nll(self.read(idx, lengths, start))
@@ -298,7 +310,7 @@ class GPT(nn.Module):
             token = sample(rows.logits(), temperature, top_k, top_p, noise[:, i], rows.plain)
             tokens[:, i] = token * running
             count, running = count + running, running & ~ends[token]
-            if i == max_new_tokens - 1 or ((idx.is_cpu or i % 8 == 7) and not running.any()):  # to look is to wait
+            if i == max_new_tokens - 1 or ((idx.is_cpu or i % 8 == 7) and not running.any()):  # any() waits for a GPU
                 break
             rows.advance(token)
         return tokens, count
@@ -307,7 +319,7 @@ class GPT(nn.Module):
     def read_prefix(self, tokens):
         """What `generate` needs of T tokens that many prompts begin with: keys and values, [(k, v)] of (nh, T, hs)."""
         rows = Rows(self, torch.tensor([tokens], device=self.device), torch.tensor([len(tokens)]), 0)
-        return [tuple(kept[:, 0, :, : len(tokens)]) for kept, _ in rows.caches]
+        return [tuple(kv[:, 0, :, : len(tokens)]) for kv, _ in rows.caches]
 
     def _cast(self, dtype):
         """A copy that shares all but the weights of the blocks' matrices: autocast casts a frozen one at every use."""
@@ -342,7 +354,7 @@ class GPT(nn.Module):
 
 class Rows:
     """R = B * samples rows that a model continues side by side. `h` (R, C) are the hidden states of their last tokens;
-    caches, one a block, hold keys and values (2, R, nh, Tmax, hs) and the block's part of the prefix or None."""
+    caches, one a block, hold kv and prefix of a `Cache`."""
 
     plain = None  # of a method that steers: the logits (R, V) whose nucleus is drawn from
 
@@ -354,7 +366,7 @@ class Rows:
             raise ValueError(f"lengths must be ({B},) in 1..{T}, got {lengths.tolist()}")
         self.weight, self.width, self.V = head.cast_weight(model.lm_head.weight), T, c.vocab_size
         self.net, lengths = model._cast(self.weight.dtype), lengths.to(device)
-        self.mean = model.lm_head.weight.mean(0) if head.rounded(self.weight) else None
+        self.mean = model.lm_head.weight.mean(0).to(self.weight.dtype) if head.half_on_cpu(self.weight) else None
         shape = (2, B, c.n_head, -(-(T + room + spare) // 16) * 16, c.n_embd // c.n_head)  # a GPU reads masks by 16
         self.caches = [(self.weight.new_zeros(shape), part) for part in prefix or [None] * c.n_layer]
         at = torch.arange(T, device=device).expand(B, T)
@@ -362,7 +374,7 @@ class Rows:
         self.h, self.lengths = h[torch.arange(B, device=device), lengths - 1], lengths
         if samples > 1:
             self.h, self.lengths = (x.repeat_interleave(samples, 0) for x in (self.h, lengths))
-            self.caches = [(kept.repeat_interleave(samples, 1), part) for kept, part in self.caches]
+            self.caches = [(kv.repeat_interleave(samples, 1), part) for kv, part in self.caches]
 
     def logits(self):
         """Of the next tokens, fp32 (R, V), up to a constant for each row, which sampling does not see."""
@@ -371,7 +383,7 @@ class Rows:
             return head.fp32_logits(h, self.weight)[:, : self.V]
         # The likeliest tokens lie about 12 above the mean in a language model. Near that level one product is exact
         # enough: of a GPT-2 of 30 M parameters 0.49 % of the greedy tokens differ from fp32, by exact logits 0.47.
-        level = (h.float() @ self.mean + 12).to(h.dtype)[:, None]
+        level = (h @ self.mean + 12)[:, None]
         return head.logits_about(level, h, self.weight).float()
 
     def advance(self, token):
@@ -387,19 +399,19 @@ class Rows:
 
     def _hidden(self, idx, at, own, width):
         """Hidden states of tokens idx at positions `at`, kept in columns `own`, (B, T) each, of the first `width`."""
-        kept, prefix = self.caches[0]
-        column = torch.arange(kept.size(3), device=idx.device)
+        kv, prefix = self.caches[0]
+        column = torch.arange(kv.size(3), device=idx.device)
         hide = (column >= at[:, None, :, None]) & (column != own[:, None, :, None])  # all but its past and itself
-        mask = torch.where(hide, -math.inf, 0.0).to(kept.dtype)[..., :width]  # (B, 1, T, width)
-        where = torch.arange(len(idx), device=idx.device)[:, None], own
+        mask = torch.where(hide, -math.inf, 0.0).to(kv.dtype)[..., :width]  # (B, 1, T, width)
+        rows = torch.arange(len(idx), device=idx.device)[:, None]
         pos = at + prefix[0].size(1) if prefix else at
-        return self.net.hidden(idx, pos, cache=[(kept, where, mask, part) for kept, part in self.caches])
+        return self.net.hidden(idx, pos, cache=[Cache(kv, rows, own, mask, part) for kv, part in self.caches])
 
 
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def row_sums(values, rows, n):
-    """Sums (n,) of the values (N,) of each row, in double precision: no sum shall depend on batching."""
+    """Sums (n,) of the values (N,) of each row, in double precision (not on mps), so that no order of them shows."""
     dtype = torch.float32 if values.device.type == "mps" else torch.float64
     return torch.zeros(n, dtype=dtype, device=values.device).index_add(0, rows, values.to(dtype))

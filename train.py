@@ -30,7 +30,7 @@ from engine.device import compile_if_it_pays
 from engine.resume import begin_folder, is_finished, restore, save, saved_state
 from engine.run import Log, first_interrupt, first_line, held, versions, write_json
 from engine.weights import lora_record
-from loss import OBJECTIVES, diagnose, language_modelling, scaled
+from loss import OBJECTIVES, diagnose, scaled, token_mean
 from measures import Setup, open_setup, report
 from measures.groups import frames, hidden_states, scores
 from measures.samples import sample_harmless
@@ -61,7 +61,7 @@ class Run:
     lora: dict = None  # what its checkpoints say of the base beneath
     skipped: int = 0  # attempts at a step that overflowed in fp16
     tokens: int = 0  # scored in training since the start or resumption
-    seconds: float = 0.0  # that it took
+    seconds: float = 0.0  # of the steps since then
 
 
 # ---- the objective -------------------------------------------------------------------------------------------------
@@ -77,7 +77,7 @@ def objective(model, base, batch, config):
     states, anchor = model.read(idx, lengths, start).split(B)
     phi = model.nll(states)  # (B,)
     if config.objective == "lm":
-        return language_modelling(phi, states.count), {}
+        return token_mean(phi, states.count), {}
 
     sides = lambda x: x.view(len(batch.ids), -1).tensor_split([config.n_pos], dim=1)  # (G, P), (G, N)
     pos, neg = sides(phi)
@@ -93,10 +93,10 @@ def objective(model, base, batch, config):
         hold = (pos - sides(before)[0]).square().mean()
         loss, log["hold"] = loss + config.hold_weight * hold, hold.detach()
     if config.anchor_kl:
-        kl = language_modelling(model.kl(anchor, base, idx[B:], lengths[B:], start[B:]), anchor.count)
+        kl = token_mean(model.kl(anchor, base, idx[B:], lengths[B:], start[B:]), anchor.count)
         loss, log["anchor_kl"] = loss + config.anchor_kl * kl, kl.detach()
     if config.anchor_nll:
-        nll = language_modelling(model.nll(anchor), anchor.count)
+        nll = token_mean(model.nll(anchor), anchor.count)
         loss, log["anchor_nll"] = loss + config.anchor_nll * nll, nll.detach()
     return loss, log
 
@@ -165,6 +165,8 @@ def optimise(run, batches, lr):
     while True:
         try:
             record = backward(run, batches)
+        except FloatingPointError:
+            raise
         except Exception as e:
             if run.model.compiled_hidden is None:
                 raise
@@ -179,8 +181,9 @@ def optimise(run, batches, lr):
 
 
 def backward(run, batches):
-    """Forward and backward in grad_accum parts, whose weighted mean is that of the whole. Each process does its
-    share of the parts and ends with the gradients of all. Returns what to log."""
+    """Forward and backward in grad_accum parts, whose weighted mean is that of the whole (but the centroid of
+    variant=released and the anchors' means over tokens are each part's own). Each process does its share of the parts
+    and ends with the gradients of all. Returns what to log."""
     record, weight = {}, sum(b.weight for b in batches)
     for batch in ranks.mine(batches):
         share = batch.weight / weight
@@ -205,7 +208,8 @@ def update(run, batches, lr):
     scale = run.scaler.get_scale()
     run.scaler.step(run.optimizer)
     run.scaler.update()
-    if run.scaler.get_scale() >= scale or scale < 1:  # else it was too high: it is halved, and the step was left out
+    # A scale that fell was too high, and the step was left out; below 1 the fault is no longer the scale's.
+    if run.scaler.get_scale() >= scale or scale < 1:
         stop_unless_finite("gradient norm", norm, run, batches)
     run.optimizer.zero_grad()
     return norm
@@ -238,7 +242,7 @@ def starting_model(config, tokenizer):
 
 def set_up(config):
     """Build a Run, print what it will do, and continue an unfinished one if asked to."""
-    with ranks.first_before_others():  # which find made, or in the cache, what it makes or downloads
+    with ranks.first_before_others():  # the first makes or downloads what is missing, the others find it
         out = Path(config.out_dir)
         if saved := saved_state(out, config.resume):
             check_resumable(config, saved["config"], out / "last.pt", saved["step"])
@@ -247,7 +251,7 @@ def set_up(config):
     batches, held_out, groups = data.open_data(config, setup.tokenizer, model.config.n_positions)
 
     # ---- the frozen base
-    shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # LoRA's weights stay as they are
+    shared = {id(p): p for p in model.parameters()} if config.lora_rank else {}  # frozen in both: one copy will do
     base, lora = copy.deepcopy(model, shared), None
     if config.lora_rank:
         lora = lora_record(base.source, base.state_dict(), config.lora_alpha / config.lora_rank)
@@ -287,20 +291,20 @@ def set_up(config):
 def ask_base(base, batches, setup, config, groups):
     """Give the batches what the frozen base has to say before the first step: its phi of the groups' sentences, and
     texts of its own. All phi beforehand and not as they come: in bf16 one depends a little on its batch, and a resumed
-    run has seen other ones."""
+    run would make other batches."""
     compares = {"base_pos", "base_neg"} & arguments(config).keys()
-    if compares or config.hold_weight:  # which holds the positives alone
+    if compares or config.hold_weight:  # hold_weight needs the positives alone
         sentences = [row for sides in batches.encoded for side in sides[: 2 if compares else 1] for row in side]
         rows = list(dict.fromkeys(map(tuple, sentences)))  # each once
         batches.base = dict(zip(rows, scores(base, rows, what="scores of the base").tolist(), strict=True))
-    if config.anchor_kl + config.anchor_nll:
+    if config.anchor_kl or config.anchor_nll:
         texts, starts = ranks.from_first(lambda: sample_harmless(base, setup.tokenizer, setup.scorer, config, groups))
         sizes = (config.anchor_batch, config.seed, base.config.n_positions + 1)
         batches.anchor = data.Batches(texts, setup.tokenizer, *sizes, starts=starts)
 
 
 def edit(run):
-    """Change the weights as config.edit says, in the place of all steps."""
+    """Change the weights as config.edit says, instead of training."""
     c, tokenizer = run.config, run.setup.tokenizer
     if c.edit == "task_vector":
         edits.task_vector(run.model, GPT.from_pretrained(find(c.edit_model), tokenizer.n_vocab), c.edit_strength)

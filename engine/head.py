@@ -1,13 +1,13 @@
 """The output head: log-probabilities over a large vocabulary, exact enough for perplexities, in bounded memory.
 
-Shapes: N positions, C channels, V vocabulary. Of N x V numbers at most KEEP exist at a time, for the backward pass;
-without one, logits exist for a chunk of positions at a time.
+Shapes: N positions, C channels, V vocabulary. Of N x V numbers at most KEEP are kept, for the backward pass; logits
+exist for a chunk of positions at a time.
 """
 
 import torch
 from torch.nn import functional as F
 
-CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, whatever N and V are
+CHUNK = 2**23  # logits computed at once: 32 MiB in fp32, and as much again for each step from them to the loss
 KEEP = 2**27  # numbers (N x V) kept for the backward pass; of more positions than that they are computed again
 LARGER = {"cuda": 8}  # CHUNK and KEEP are so many times as large there
 SLICE = 1024  # of the vocabulary, in one fp32 product on a CPU
@@ -41,7 +41,7 @@ def fp32_logits(h, weight):
     """
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, weight.t(), out_dtype=torch.float32)
-    if h.is_cpu and h.dtype == torch.float32:  # all at once reaches half of the rate
+    if h.is_cpu and h.dtype == torch.float32:  # as one product it is half as fast
         logits = h.new_empty(len(h), len(weight))
         for part, rows in zip(logits.split(SLICE, 1), weight.split(SLICE), strict=True):
             torch.mm(h, rows.t(), out=part)
@@ -58,8 +58,8 @@ def logits_about(level, h, weight, out=None):
     return torch.addmm((-level).expand(-1, len(weight)), h, weight.t(), out=out)
 
 
-def rounded(tensor):
-    """Whether it would take fp32_logits two products."""
+def half_on_cpu(tensor):
+    """Whether fp32_logits would take two products where one about a level will do."""
     return tensor.is_cpu and tensor.dtype != torch.float32
 
 
@@ -132,7 +132,7 @@ def _cast(dtype, h, weight, truth, weight_base):
 
 def _losses(h, weight, truth, weight_base, V, residual):
     """Losses (N,), chunk by chunk. The softmax p (of KL: p - q) goes into residual (N, V or more) unless it is None."""
-    if weight_base is None and rounded(h):
+    if weight_base is None and half_on_cpu(h):
         return _nll_of_one_product(h, weight, truth, residual)
     losses = []
     for rows, logits in logit_chunks(h, weight):

@@ -44,7 +44,7 @@ import data
 import engine.attention
 from engine import head
 from engine.device import amp, keep_freed_memory, pick_device
-from loss import contrastive_perplexity, language_modelling
+from loss import contrastive_perplexity, token_mean
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -446,7 +446,7 @@ def step(s, out):
     out["matrix rate"] = dict(tflops=s.rate / 1e12)
     idx, lengths = sentences(G * (P + N), 8, 40, s.config().vocab_size)
     tokens, T = int((lengths - 1).sum()), float(lengths.float().mean())
-    out["attention over packed rows"] = str(bool(engine.attention.packed(s.device, 64)))
+    out["attention over packed rows"] = str(bool(engine.attention.varlen(s.device, 64)))
     for name in (*SHAPES, "LoRA", "rectangle", "transformers"):
         config = s.config(name if name in SHAPES else "gpt2")
         if name == "transformers":
@@ -458,7 +458,7 @@ def step(s, out):
                 model.add_lora(8, 16.0)
             loss = lambda m=model: contrast(m.sequence_nll(idx.to(s.device, non_blocking=True), lengths))  # noqa: E731
             run = stepper(s, model, loss)
-        rectangle = patch.object(engine.attention, "packed", lambda device, width: None)
+        rectangle = patch.object(engine.attention, "varlen", lambda device, width: None)
         with rectangle if name == "rectangle" else nullcontext():
             out[name] = rated(s, run, tokens, T, config)
         if name in ("gpt2", "transformers"):
@@ -474,7 +474,7 @@ def lm(s, out):
     config, (B, T) = s.config(), (2, 64) if s.small else (8, 1024)
     idx = torch.randint(0, config.vocab_size, (B, T + 1), generator=torch.Generator().manual_seed(0)).to(s.device)
     lengths, model = torch.full((B,), T + 1), build(config, s.device)
-    run = stepper(s, model, lambda: language_modelling(model.sequence_nll(idx, lengths), (lengths - 1).to(s.device)))
+    run = stepper(s, model, lambda: token_mean(model.sequence_nll(idx, lengths), (lengths - 1).to(s.device)))
     out["as it is"] = rated(s, run, B * T, T, config)
     out["calls"] = counted(s, run)
     shipped = head.CHUNK

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs import SETTINGS
-from loss import OBJECTIVES, contrastive_perplexity, diagnose, language_modelling, scaled
+from loss import OBJECTIVES, contrastive_perplexity, diagnose, scaled, token_mean
 
 VARIANTS = ("paper", "released")
 DISTANCES = ("abs", "signed")
@@ -448,10 +448,10 @@ def test_scaled():
         scaled(phi, tokens, "mean")
 
 
-def test_language_modelling():
+def test_token_mean():
     """The mean over tokens, not over documents: (3 * 1 + 1 * 3) / 4 = 1.5, with gradients tokens / all tokens."""
     nll = torch.tensor([1.0, 3.0], requires_grad=True)
-    loss = language_modelling(nll, torch.tensor([3, 1]))
+    loss = token_mean(nll, torch.tensor([3, 1]))
     loss.backward()
     assert loss.item() == 1.5 and nll.grad.tolist() == [0.75, 0.25]
 

@@ -373,11 +373,11 @@ def test_logits_in_slices_of_the_vocabulary():
     assert max_diff(head.fp32_logits(h, weight), h @ weight.t()) < 1e-5
 
 
-def test_attention_by_products_is_torch_s():
+def test_plain_causal_attention_is_torch_s():
     q, k, v = (torch.randn(3, 2, 9, 4, requires_grad=True) for _ in range(3))
     by = torch.randn(3, 2, 9, 4)
     want = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    got = attention._by_products(q, k, v)
+    got = attention._plain_causal(q, k, v)
     assert max_diff(got, want) < 1e-6
     for a, b in zip(*(torch.autograd.grad((by * y).sum(), (q, k, v)) for y in (got, want)), strict=True):
         assert max_diff(a, b) < 1e-6
@@ -453,7 +453,7 @@ def test_attention_over_packed_rows_is_attention_over_the_rectangle(monkeypatch)
 
     want, exact, calls = measured(), net.sequence_nll(idx, lengths), []
     note = lambda *args, **kwargs: calls.append(1) or one_row_after_another(*args, **kwargs)
-    monkeypatch.setattr(attention, "packed", lambda device, width: note if width == 8 else None)
+    monkeypatch.setattr(attention, "varlen", lambda device, width: note if width == 8 else None)
     got = measured()
     assert len(calls) == TINY.n_layer
     assert max_diff(got[0], want[0]) < 0.02
@@ -465,10 +465,13 @@ def test_attention_over_packed_rows_is_attention_over_the_rectangle(monkeypatch)
 def test_where_attention_over_packed_rows_is_taken(monkeypatch):
     """On CUDA from sm80 on, and for widths of a head that its kernels have; they raise an error on others."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    packed, cuda = attention.packed.__wrapped__, torch.device("cuda")
+    packed, cuda = attention.varlen.__wrapped__, torch.device("cuda")
     assert all(packed(cuda, width) for width in (8, 64, 256))
     assert not any(packed(cuda, width) for width in (6, 12, 264)) and packed(torch.device("cpu"), 64) is None
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert packed(cuda, 64) is None
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda q, k, v, is_causal: q)  # torch 2.10's
     assert packed(cuda, 64) is None
 
 
