@@ -366,7 +366,7 @@ class Rows:
             raise ValueError(f"lengths must be ({B},) in 1..{T}, got {lengths.tolist()}")
         self.weight, self.width, self.V = head.cast_weight(model.lm_head.weight), T, c.vocab_size
         self.net, lengths = model._cast(self.weight.dtype), lengths.to(device)
-        self.mean = model.lm_head.weight.mean(0).to(self.weight.dtype) if head.half_on_cpu(self.weight) else None
+        self.mean = model.lm_head.weight.mean(0).to(self.weight.dtype) if head.bf16_on_cpu(self.weight) else None
         shape = (2, B, c.n_head, -(-(T + room + spare) // 16) * 16, c.n_embd // c.n_head)  # a GPU reads masks by 16
         self.caches = [(self.weight.new_zeros(shape), part) for part in prefix or [None] * c.n_layer]
         at = torch.arange(T, device=device).expand(B, T)

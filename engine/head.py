@@ -58,9 +58,9 @@ def logits_about(level, h, weight, out=None):
     return torch.addmm((-level).expand(-1, len(weight)), h, weight.t(), out=out)
 
 
-def half_on_cpu(tensor):
+def bf16_on_cpu(tensor):
     """Whether fp32_logits would take two products where one about a level will do."""
-    return tensor.is_cpu and tensor.dtype != torch.float32
+    return tensor.is_cpu and tensor.dtype == torch.bfloat16
 
 
 def logit_chunks(h, weight, V=None):
@@ -132,7 +132,7 @@ def _cast(dtype, h, weight, truth, weight_base):
 
 def _losses(h, weight, truth, weight_base, V, residual):
     """Losses (N,), chunk by chunk. The softmax p (of KL: p - q) goes into residual (N, V or more) unless it is None."""
-    if weight_base is None and half_on_cpu(h):
+    if weight_base is None and bf16_on_cpu(h):
         return _nll_of_one_product(h, weight, truth, residual)
     losses = []
     for rows, logits in logit_chunks(h, weight):

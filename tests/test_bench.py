@@ -1,6 +1,7 @@
-"""The benchmark of the README, in tiny sizes."""
+"""The benchmarks of the README, in tiny sizes."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -29,3 +30,16 @@ def test_the_benchmark_of_the_readme_runs():
             assert m["peak_mb"] is None or m["peak_mb"] > 50
         assert len(row["plain"]["ratios"]) == 1 and row["plain"]["ratio"] > 0
     assert "kept" in result["jobs"]["cp-bf16"]
+
+
+def test_the_script_for_a_gpu_runs_without_one(tmp_path):
+    """All sections, checks of scores, gradients and tokens included; what does not hold would end it with 1."""
+    pytest.importorskip("transformers")
+    script, out = Path(__file__).with_name("gpu.py"), tmp_path / "gpu.json"
+    command = [sys.executable, str(script), "--device=cpu", "--small", f"--out={out}"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert max(map(len, done.stdout.splitlines())) <= 100 and "nothing failed or differs" in done.stdout
+    result = json.loads(out.read_text())
+    assert len(result["sections"]) == 9 and result["bad"] == 0
+    assert any(row.get("verdict") == "ok" for row in result["sections"]["scores"]["results"].values())
