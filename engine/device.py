@@ -34,7 +34,8 @@ def pick_dtype(wanted, device, width):
     if wanted == "float16" and device.type != "cuda":
         raise ValueError(f"dtype=float16 needs cuda, this run is on {device}: use --dtype=bfloat16 or --dtype=float32")
     if wanted != "auto":
-        return getattr(torch, wanted), "as set"
+        slow = device.type == "cpu" and wanted == "bfloat16" and not _fast_bf16()
+        return getattr(torch, wanted), "as set" + "; float32 may be much faster, this CPU has no fast bf16" * slow
     if device.type == "cuda":
         if torch.cuda.get_device_capability()[0] >= 8:
             return torch.bfloat16, "this GPU has bf16"
@@ -43,12 +44,17 @@ def pick_dtype(wanted, device, width):
         return torch.float32, "the safe choice on mps"
     if width < 256:
         return torch.float32, "so narrow a model gains nothing from bf16 on a CPU"
+    if flag := _fast_bf16():
+        return torch.bfloat16, f"this CPU has {flag}"
+    return torch.float32, "this CPU has no fast bf16"
+
+
+def _fast_bf16():
+    """What makes bf16 fast on this CPU, or None."""
     cpuinfo = Path("/proc/cpuinfo")
     flags = cpuinfo.read_text() if cpuinfo.is_file() else ""
     flag = next((f for f in ("amx_bf16", "avx512_bf16") if f in flags), None)
-    if flag and torch.backends.mkldnn.is_available():  # without oneDNN the products would not use it
-        return torch.bfloat16, f"this CPU has {flag}"
-    return torch.float32, "this CPU has no fast bf16"
+    return flag if torch.backends.mkldnn.is_available() else None  # without oneDNN the products would not use it
 
 
 def compile_if_it_pays(function, wanted, device, steps):

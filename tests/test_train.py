@@ -679,8 +679,10 @@ def test_dtype_and_device_choice(monkeypatch):
     monkeypatch.setattr(device.Path, "read_text", lambda _: "flags: amx_bf16")
     monkeypatch.setattr(device.Path, "is_file", lambda _: True)
     assert device.pick_dtype("auto", torch.device("cpu"), 768)[0] == torch.bfloat16
+    assert device.pick_dtype("bfloat16", torch.device("cpu"), 768) == (torch.bfloat16, "as set")
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert device.pick_dtype("auto", torch.device("cpu"), 768)[0] == torch.float32
+    assert "float32 may be much faster" in device.pick_dtype("bfloat16", torch.device("cpu"), 768)[1]
 
 
 def test_cuda_without_a_usable_gpu_is_told(monkeypatch, capsys):
