@@ -41,7 +41,7 @@ def fp32_logits(h, weight):
     """
     if h.is_cuda and h.dtype != torch.float32:
         return torch.mm(h, weight.t(), out_dtype=torch.float32)
-    if h.is_cpu and h.dtype == torch.float32:  # as one product it is half as fast
+    if h.is_cpu and h.dtype == torch.float32:  # with AVX2 one product is half as fast
         logits = h.new_empty(len(h), len(weight))
         for part, rows in zip(logits.split(SLICE, 1), weight.split(SLICE), strict=True):
             torch.mm(h, rows.t(), out=part)
