@@ -463,16 +463,16 @@ def test_attention_over_packed_rows_is_attention_over_the_rectangle(monkeypatch)
 
 
 def test_where_attention_over_packed_rows_is_taken(monkeypatch):
-    """On CUDA from sm80 on, and for widths of a head that its kernels have; they raise an error on others."""
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    packed, cuda = attention.varlen.__wrapped__, torch.device("cuda")
-    assert all(packed(cuda, width) for width in (8, 64, 256))
-    assert not any(packed(cuda, width) for width in (6, 12, 264)) and packed(torch.device("cpu"), 64) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert packed(cuda, 64) is None
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", lambda q, k, v, is_causal: q)  # torch 2.10's
-    assert packed(cuda, 64) is None
+    """On CUDA from sm80 on, and for widths of a head that its kernels have; they raise an error on others. And where it
+    can be causal by a window: in torch 2.11 and newer."""
+    varlen = pytest.importorskip("torch.nn.attention.varlen", reason="new in torch 2.10")
+    found, cuda = attention.varlen.__wrapped__, torch.device("cuda")
+    newer, older = (lambda q, k, v, window_size: q), (lambda q, k, v, is_causal: q)
+    for capability, function, there in (((8, 0), newer, True), ((8, 0), older, False), ((7, 5), newer, False)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        monkeypatch.setattr(varlen, "varlen_attn", function)
+        assert [found(cuda, width) is function for width in (8, 64, 256)] == [there] * 3
+        assert not any(found(cuda, width) for width in (6, 12, 264)) and found(torch.device("cpu"), 64) is None
 
 
 @pytest.mark.parametrize("B", [1, 3, 5])

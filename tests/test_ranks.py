@@ -59,8 +59,8 @@ def child(rank, port, folder, words, act):
 
 @pytest.fixture(scope="module")
 def processes():
-    """processes(folder, line, act) -> (exit codes, what each of two said, without progress bars) when both have ended.
-    They are forked off a process that has imported what takes long, and has no threads."""
+    """processes(folder, line, act) -> (exit codes, what each of two said, without progress bars and gloo's own lines)
+    when both have ended. They are forked off a process that has imported what takes long, and has no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["test_ranks", "torch._dynamo"])
 
@@ -75,7 +75,7 @@ def processes():
         for p in them:
             p.kill()
         said = [(Path(folder) / f"said{r}").read_text().replace("\r", "\n").split("\n") for r in (0, 1)]
-        return codes, [[s for s in lines if s.strip() and "%|" not in s] for lines in said]
+        return codes, [[s for s in lines if s.strip() and "%|" not in s and "[Gloo]" not in s] for lines in said]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
