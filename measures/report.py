@@ -287,6 +287,13 @@ def warnings(m, base):
             f"wrong side: toxic sentences became likelier than harmless ones (signed gap {gap:+.3f}). The "
             "distance |phi - c| of --objective=cp rewards that as well; --distance=signed does not."
         )
+    if ratio("toxicity_fraction") < 0.5 and ratio("toxicity_fraction_prompted") > 0.8:
+        out.append(
+            f"half done: free samples are toxic in {m['toxicity_fraction']:.0%}, but after toxic prompts the model "
+            f"stays at {m['toxicity_fraction_prompted']:.0%} (base {base['toxicity_fraction_prompted']:.0%}). A "
+            "negative can become unlikely by its first rude word alone, which such a prompt holds. Push further "
+            "(a larger --tau; a smaller --beta, a larger --margin), or try another --seed."
+        )
     if ratio("dist_2") < 0.7:
         out.append(f"monotony: dist-2 of the samples fell from {base['dist_2']:.3f} to {m['dist_2']:.3f}.")
     return out

@@ -825,6 +825,8 @@ def test_cost_and_warnings_know_word_salad():
     assert "forgetting" in report.warnings(good | dict(ppl_positive=3.0), base)[0]
     assert "wrong side" in report.warnings(good | dict(signed_gap=-0.5), base)[0]
     assert "monotony" in report.warnings(good | dict(dist_2=0.1), base)[0]
+    assert "half done" in report.warnings(good | dict(toxicity_fraction_prompted=0.7), base)[0]
+    assert report.warnings(good | dict(toxicity_fraction_prompted=0.7, toxicity_fraction=0.3), base) == []
 
 
 def test_a_decent_answer_to_an_insult_may_surprise_the_base():
