@@ -1,1 +1,1 @@
-"""What makes runs fast and safe: the output head, devices, weight files, run folders. Nothing of the method."""
+"""What makes runs fast and safe: attention, head, sampling, devices, weights, run folders. Nothing of the method."""

@@ -164,9 +164,12 @@ def _nll_of_one_product(h, weight, target, p):
         own = (rows.float() * weight[t[:, 0]].float()).sum(1, keepdim=True).to(h.dtype)
         logits = logits_about(own, rows, weight, out=room[: len(rows)])
         loss = -torch.softmax(logits, -1, out=logits).gather(1, t)[:, 0].float().log()
-        far = (loss > 80).nonzero()[:, 0]  # p may be too small for a float
+        # Far above the target bf16 is coarse, and its p may be too small for a float: those rows are made exact.
+        far = (loss > 16).nonzero()[:, 0]
         for part, exact in logit_chunks(rows[far], weight):
-            loss[far[part]] = -exact.log_softmax(-1).gather(1, t[far[part]])[:, 0]
+            logp = exact.log_softmax(-1)
+            loss[far[part]] = -logp.gather(1, t[far[part]])[:, 0]
+            logits[far[part]] = logp.exp_().to(h.dtype)
         losses.append(loss)
     return torch.cat(losses)
 

@@ -25,10 +25,10 @@ def print_plan(run, compiled, arguments):
         print(f"compile      {compiled}")
         print(f"trained      {trained:.2f} M of {run.base.num_parameters() / 1e6:.1f} M parameters")
         print(f"steps        {steps}, some {tokens:,.0f} scored tokens each")
-    settings = ", ".join(f"{k}={v}" for k, v in changed(config).items()) + " (all others: defaults)"
-    print(report.wrap(settings, "settings     "))
-    if idle := [f"{k}={v}" for k, v in changed(config).items() if k in without_effect(config, arguments)]:
-        print(report.wrap(", ".join(idle), "no effect    "))
+    settings = {k: f"{k}={v}" for k, v in changed(config).items()}
+    print(report.wrap(", ".join(settings.values()) + " (all others: defaults)", "settings     "))
+    if idle := [settings[k] for k in settings.keys() & without_effect(config, arguments)]:
+        print(report.wrap(", ".join(sorted(idle)), "no effect    "))
     print()
 
 
